@@ -1,0 +1,179 @@
+"""What flows between data, models and samplers: Batch, Condition, Rng.
+
+Images are float NCHW in [-1, 1] inside the package and uint8 NCHW in [0, 255] at its border
+(`to_float`, `to_uint8`).
+
+Rng draws every image's randomness from that image's own stream, by the counter-based generator
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"):
+number i of call c of the stream with seed s is a pure function of (s, c, i). So a picture depends
+on its seed alone, not on the pictures beside it in the batch, the batch size, the number of
+processes or the device; and all streams of a batch are drawn in one vectorised pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def to_float(image: Tensor) -> Tensor:
+    """Map uint8 (B, C, H, W) in [0, 255] to float32 in [-1, 1]."""
+    return image.to(torch.float32).div_(127.5).sub_(1)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Map float (B, C, H, W) in [-1, 1] to uint8 in [0, 255], rounding and clipping."""
+    return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the images of a batch are to be, in training and in sampling alike.
+
+    Every field but `count` may be None, meaning "not said".
+
+    Attributes:
+        count: number of images B.
+        label: (B,) int64 class indices.
+        attributes: (B, A) float, 0 or 1.
+        text: B strings.
+        source: (B, C, h, w) float in [-1, 1]: low resolution, other domain, image to vary.
+        embedding: (B, D) float, drawn by a prior.
+    """
+
+    count: int
+    label: Tensor | None = None
+    attributes: Tensor | None = None
+    text: list[str] | None = None
+    source: Tensor | None = None
+    embedding: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> Condition:
+        """Return the condition of the images in `part`."""
+        fields = {
+            name: None if getattr(self, name) is None else getattr(self, name)[part]
+            for name in ("label", "attributes", "text", "source", "embedding")
+        }
+        return Condition(len(range(self.count)[part]), **fields)
+
+    def to(self, device: torch.device | str) -> Condition:
+        """Return the same condition with its tensors on `device`."""
+        fields = {
+            name: None if getattr(self, name) is None else getattr(self, name).to(device)
+            for name in ("label", "attributes", "source", "embedding")
+        }
+        return replace(self, **fields)
+
+
+class Rng:
+    """One random stream per image.
+
+    Args:
+        seeds: B integers in [0, 2**63), one per image.
+        device: where the drawn tensors live.
+
+    Each call of `normal`, `uniform` or `categorical` advances every stream by one; shapes are per
+    image, and the result has the batch dimension in front.
+    """
+
+    def __init__(self, seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> None:
+        self.seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+        self.device = self.seeds.device
+        self._calls = 0
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, part: slice) -> Rng:
+        """Return the streams of the images in `part`, at the same position."""
+        other = Rng(self.seeds[part], self.device)
+        other._calls = self._calls
+        return other
+
+    def _bits(self, count: int) -> Tensor:
+        """Return (B, >= count) independent 32-bit integers as int64."""
+        blocks = -(-count // 4)
+        index = torch.arange(blocks, device=self.device).expand(len(self), blocks)
+        key0, key1 = self.seeds[:, None] & _MASK, (self.seeds[:, None] >> 32) & _MASK
+        c0, c1 = index, torch.zeros_like(index)
+        c2, c3 = torch.full_like(index, self._calls), torch.zeros_like(index)
+        self._calls += 1
+        for _ in range(10):
+            product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64, wrapping: 32x32 -> 64
+            c0, c1, c2, c3 = (
+                ((product1 >> 32) & _MASK) ^ c1 ^ key0,
+                product1 & _MASK,
+                ((product0 >> 32) & _MASK) ^ c3 ^ key1,
+                product0 & _MASK,
+            )
+            key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
+        return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw (B, *shape) float32, uniform in the open interval (0, 1)."""
+        count = math.prod(shape)
+        bits = self._bits(count)[:, :count]
+        # 23 bits and a half: exact in float32, never 0 and never 1.
+        return ((bits >> 9).to(torch.float32) + 0.5).mul_(2.0**-23).reshape(len(self), *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draw (B, *shape) float32, standard normal (Box-Muller)."""
+        count = math.prod(shape)
+        half = -(-count // 2)
+        u = self.uniform(2, half)  # (B, 2, half)
+        radius = u[:, 0].log().mul_(-2).sqrt_()
+        angle = u[:, 1] * (2 * math.pi)
+        pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return pair[:, :count].reshape(len(self), *shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Draw (B, *shape) int64, uniform in [0, high)."""
+        return (self.uniform(*shape) * high).long().clamp_(max=high - 1)
+
+    def categorical(self, logits: Tensor) -> Tensor:
+        """Draw (B, ...) int64 indices from logits (B, ..., K), by the Gumbel-max trick."""
+        gumbel = -(-self.uniform(*logits.shape[1:]).log()).log()
+        return (logits.float() + gumbel).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch.
+
+    Attributes:
+        image: (B, C, H, W) float in [-1, 1].
+        condition: what is known of the images.
+        seen: training images seen, by all processes, before this batch (growth, warm-up).
+        rng: one stream per image, a function of the run's seed and the image's place in the
+            training order; so a loss does not depend on how its batch was split.
+    """
+
+    image: Tensor
+    condition: Condition
+    seen: int
+    rng: Rng
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def split(self, parts: int) -> Iterator[Batch]:
+        """Cut into `parts` batches of equal size; raises ValueError when that cannot be done."""
+        size, rest = divmod(len(self), parts)
+        if rest:
+            raise ValueError(f"a batch of {len(self)} images cannot be cut into {parts} equal parts")
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(self.image[part], self.condition[part], self.seen, self.rng[part])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch on `device`."""
+        rng = Rng(self.rng.seeds, device)
+        rng._calls = self.rng._calls
+        image = self.image.to(device, non_blocking=True)
+        return Batch(image, self.condition.to(device), self.seen, rng)

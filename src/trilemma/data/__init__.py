@@ -1,0 +1,1 @@
+"""Pictures in any layout to training batches."""

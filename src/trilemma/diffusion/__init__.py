@@ -1,0 +1,1 @@
+"""The four swappable parts of a diffusion model: schedule, target, solver, guidance."""

@@ -1,0 +1,97 @@
+"""The contract between a family of generators and the rest: Model, Phase, and small protocols.
+
+A Model owns its networks, its losses and its way to sample. It knows nothing of optimizers, files
+or devices. A Phase is one player's turn in training: a loss, and the modules that learn in it. A
+VAE has one phase, a GAN two, and the training loop treats them alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from trilemma.batch import Batch, Condition, Rng
+
+Losses = dict[str, Tensor]
+"""`"loss"` (a scalar, mean over the batch) is differentiated; the rest is logged."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One player's turn.
+
+    Attributes:
+        name: names the phase in logs, and in a recipe's `[train.phases.NAME]`.
+        loss: the objective on a batch, a mean over its images.
+        modules: these learn in this phase, all others hold still.
+        every: taken at every n-th step.
+        after: called after the optimizer has moved (WGAN's weight clipping, a codebook's update).
+    """
+
+    name: str
+    loss: Callable[[Batch], Losses]
+    modules: Sequence[nn.Module]
+    every: int = 1
+    after: Callable[[], None] | None = None
+
+
+class Model(nn.Module, ABC):
+    """A family of generators: its networks, its losses, its way to sample."""
+
+    @abstractmethod
+    def phases(self) -> list[Phase]:
+        """Return the phases of one training step, in order."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Draws images."""
+
+    def sample(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
+        """Draw (B, C, H, W) images in [-1, 1] as `condition` says, one stream of `rng` each."""
+        ...
+
+
+@runtime_checkable
+class HasLikelihood(Protocol):
+    """Knows how probable an image is."""
+
+    def log_prob(self, image: Tensor) -> Tensor:
+        """Return (B,) log densities in nats (or their lower bound) of images (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """Maps images to latents and back: interpolation and arithmetic, alike in every family."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to latents."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map latents to images (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+class Frozen(nn.Module):
+    """Holds a trained module that another model uses but never trains.
+
+    Its parameters take no gradient and it stays in evaluation mode.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in evaluation mode whatever `mode` says."""
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the held module."""
+        return self.module(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""Networks: plain nn.Modules, tensors to tensor. They know nothing of losses, noise or data."""
