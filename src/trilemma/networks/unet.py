@@ -1,0 +1,216 @@
+"""The U-Net of denoising diffusion.
+
+Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", appendix B, in the block layout
+of Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models". On every level a
+few residual blocks, each told the time t through e(t), a small network on sinusoidal features:
+
+    h = conv(silu(norm(x))) + linear(silu(e)),    x <- x + conv(silu(norm(h)))
+
+with self-attention on the levels whose feature maps are small, a strided convolution down to the
+next level, nearest-neighbour upsampling and a convolution up again, and every output of the way
+down concatenated to the input of its mirror block on the way up. The last convolution of each
+residual block starts at zero, so a new network is nearly the identity between its skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilemma.networks.layers import Embedded, sinusoidal
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with a time shift between them, added to the input."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in = _norm(inputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.shift = nn.Linear(embedding, outputs)
+        self.norm_out = _norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, inputs, H, W), told by silu(e) (B, D), to (B, outputs, H, W)."""
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        h = h + self.shift(embedding)[:, :, None, None]
+        h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, added to the input."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.norm = _norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        b, c, height, width = x.shape
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = self.qkv(h).view(b, height * width, 3, self.heads, c // self.heads)
+        q, k, v = h.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, HW, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+        return x + self.out(h).transpose(1, 2).view(b, c, height, width)
+
+
+class Level(nn.Module):
+    """A residual block, then attention where the level has it."""
+
+    def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H, W)."""
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """The denoising U-Net: `network(x, time, embedded)`.
+
+    The defaults are the CIFAR-10 network of Ho et al. (35.7 million parameters).
+
+    Args:
+        in_channels: channels of x, plus those of `embedded.image` where one is given.
+        out_channels: channels of the output.
+        channels: width of the first level.
+        multipliers: width of each level in units of `channels`.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: feature map sizes that get self-attention.
+        size: image size, which decides at which levels those are.
+        patch: the network works on `patch` x `patch` pixels folded into channels.
+        dropout: probability of dropping a feature inside residual blocks.
+        head_channels: channels of an attention head.
+        embedding_dim: width of the time embedding, and of `embedded.vector`; 4 * channels if None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        size: int = 32,
+        patch: int = 1,
+        dropout: float = 0.0,
+        head_channels: int = 64,
+        embedding_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.multiple = patch * 2 ** (len(multipliers) - 1)
+        self._check_size(size, size)
+        self.in_channels, self.channels, self.patch = in_channels, channels, patch
+        self.embedding_dim = embedding_dim or 4 * channels
+        self.time = nn.Sequential(
+            nn.Linear(channels, self.embedding_dim),
+            nn.SiLU(),
+            nn.Linear(self.embedding_dim, self.embedding_dim),
+        )
+
+        def level(inputs: int, outputs: int, resolution: int) -> Level:
+            block = ResidualBlock(inputs, outputs, self.embedding_dim, dropout)
+            attends = resolution in attention
+            return Level(block, Attention(outputs, head_channels) if attends else None)
+
+        width, resolution = channels, size // patch
+        self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+        skips = [width]
+        self.down = nn.ModuleList()
+        for depth, multiplier in enumerate(multipliers):
+            if depth:
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+                resolution //= 2
+            for _ in range(blocks):
+                self.down.append(level(width, multiplier * channels, resolution))
+                width = multiplier * channels
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [
+                Level(
+                    ResidualBlock(width, width, self.embedding_dim, dropout),
+                    Attention(width, head_channels),
+                ),
+                Level(ResidualBlock(width, width, self.embedding_dim, dropout), None),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for depth, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                self.up.append(level(width + skips.pop(), multiplier * channels, resolution))
+                width = multiplier * channels
+            if depth:
+                self.up.append(Upsample(width))
+                resolution *= 2
+        self.norm_out = _norm(width)
+        self.conv_out = _zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height % self.multiple or width % self.multiple:
+            m = self.multiple
+            usable = sorted({max(m, n // m * m) for n in (height, height + m, width, width + m)})
+            raise ValueError(
+                f"images of {height}x{width} cannot pass through this U-Net: sizes must be"
+                f" multiples of {m}; use {' or '.join(map(str, usable))}"
+            )
+
+    def forward(self, x: Tensor, time: Tensor, embedded: Embedded | None = None) -> Tensor:
+        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W)."""
+        self._check_size(x.shape[-2], x.shape[-1])
+        e = self.time(sinusoidal(1000 * time, self.channels))  # (B, D)
+        if embedded is not None and embedded.vector is not None:
+            e = e + embedded.vector
+        if embedded is not None and embedded.image is not None:
+            x = torch.cat([x, embedded.image], dim=1)
+        e = F.silu(e)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        skips = [x]
+        for module in self.down:
+            x = module(x, e) if isinstance(module, Level) else module(x)
+            skips.append(x)
+        for module in self.middle:
+            x = module(x, e)
+        for module in self.up:
+            if isinstance(module, Level):
+                x = module(torch.cat([x, skips.pop()], dim=1), e)
+            else:
+                x = module(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch)
