@@ -166,7 +166,7 @@ class Batch:
         """Cut into `parts` batches of equal size; raises ValueError when that cannot be done."""
         size, rest = divmod(len(self), parts)
         if rest:
-            raise ValueError(f"a batch of {len(self)} images cannot be cut into {parts} equal parts")
+            raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Batch(self.image[part], self.condition[part], self.seen, self.rng[part])

@@ -1,0 +1,5 @@
+"""`python -m trilemma`, as `torchrun` needs it."""
+
+from trilemma.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""Files of a run: one safetensors file to share, one to go on from.
+
+`model.safetensors`   averaged weights, with the recipe and the data's facts in its metadata.
+`training/state.safetensors`   everything needed to go on bit for bit.
+
+Both are written to a temporary name, flushed to the disk and renamed, so that a kill at any moment
+leaves the last good file. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trilemma.errors import UserError
+
+FORMAT = 1
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON-serialisable facts to `path`, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, temporary, metadata={"trilemma": json.dumps({"format": FORMAT, **facts})})
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Flush `temporary` to the disk and give it its final name."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # the rename itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write` wrote: tensors on the CPU, and the facts.
+
+    Raises:
+        UserError: the file is missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a run folder that `trilemma train` made")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("trilemma", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
+    if facts is None:
+        raise UserError(f"{path} is a safetensors file, but not one that Trilemma wrote")
+    if facts["format"] > FORMAT:
+        raise UserError(f"{path} is of a newer Trilemma (format {facts['format']}); please upgrade")
+    return tensors, facts
+
+
+def flatten(prefix: str, tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a nested state into `tensors`; return its JSON-serialisable rest.
+
+    Dictionary keys may be integers (an optimizer's are); `unflatten` restores them.
+    """
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
+        return {"tensor": prefix}
+    if isinstance(tree, dict):
+        items = [[key, flatten(f"{prefix}.{key}", item, tensors)] for key, item in tree.items()]
+        return {"dict": items}
+    if isinstance(tree, list | tuple):
+        return {"list": [flatten(f"{prefix}.{i}", v, tensors) for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def unflatten(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Invert `flatten`."""
+    kind, value = next(iter(rest.items()))
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: unflatten(item, tensors) for key, item in value}
+    if kind == "list":
+        return [unflatten(item, tensors) for item in value]
+    return value
+
+
+def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        UserError: naming the first weights that are missing, superfluous or of another shape.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if missing or extra or shapes:
+        told = [
+            f"{what}: {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+            for what, found in (("missing", missing), ("unknown", extra), ("shape", sorted(shapes)))
+            if found
+        ]
+        raise UserError(f"{where} does not fit this model: {'; '.join(told)}")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,294 @@
+"""The command line: one thin command for each thing the package does.
+
+Nothing heavy is imported until a command needs it, so that `--help` is immediate. Results for
+machines go to stdout (`--json`), everything for people to stderr. Exit codes: 0 success, 1 failure,
+2 wrong use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from trilemma.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Train any image generator on your own pictures, and see what each costs in quality, "
+    "coverage and speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+screen = Console(stderr=True, highlight=False)
+
+
+def duration(text: str) -> float:
+    """Read `90`, `90s`, `10m` or `1h30m` as seconds."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text)
+    if not text or match is None:
+        raise typer.BadParameter(f"'{text}' is no length of time; write 90s, 10m or 1h30m")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def number(text: str) -> int:
+    """Read `20000`, `500k` or `2M` as a whole number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+    if match is None:
+        raise typer.BadParameter(f"'{text}' is no number; write 20000, 500k or 2M")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+def options(assignments: list[str]) -> dict[str, Any]:
+    """Read `key=value` pairs, values as TOML."""
+    chosen = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"'{text}': expected key=value")
+        try:
+            chosen[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            chosen[key] = value
+    return chosen
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A folder or zip of pictures, or a named set: fashion, emoji, fashion-mnist, mnist, "
+        "cifar10, celeba, hf:OWNER/NAME.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps.", show_default="the fastest there is")
+]
+Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
+Size = Annotated[
+    int | None,
+    typer.Option(min=4, help="Height and width in pixels.", show_default="the pictures' own"),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Any other option of the family's sampler."),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a solver.")]
+Solver = Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m ...")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
+
+
+def _say(result: Any) -> None:
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the packaged recipes: what each is, what data it needs, what it is for."""
+    from trilemma import recipe
+
+    rows = [{"name": name, **recipe.load(name)["about"]} for name in recipe.names()]
+    if as_json:
+        _say(rows)
+        return
+    from rich.table import Table
+
+    from trilemma.log import count
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("recipe", "family", "parameters", "needs", "what it is for", "paper"):
+        table.add_column(title, overflow="fold", no_wrap=title == "recipe")
+    for row in rows:
+        needs = ", ".join(row["needs"]) or "pictures"
+        size = count(row["parameters"])
+        table.add_row(row["name"], row["family"], size, needs, row["summary"], row["paper"])
+    Console(highlight=False).print(table)
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="A folder or zip of pictures, or a named set.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a folder holds: its layout, sizes, classes, captions, duplicates and bad files."""
+    from trilemma import data
+
+    report = data.check(path)
+    if as_json:
+        _say(report)
+    else:
+        Console(highlight=False).print(data.describe(report))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe (see `models`) or .toml file.")],
+    data: Data,
+    size: Size = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.", show_default="runs/RECIPE")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Train for this long: 90s, 10m, 1h30m.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Or for so many images: 500k, 2M.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Or for so many steps: 20000.")] = None,
+    seed: Seed = 0,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.batch=64."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe on pictures."""
+    from trilemma.train import train as run
+
+    trained = run(
+        recipe,
+        data,
+        out=out,
+        size=size,
+        budget=None if budget is None else duration(budget),
+        images=None if images is None else number(images),
+        steps=None if steps is None else number(steps),
+        seed=seed,
+        overrides=changes or (),
+        resume=resume,
+        init=init,
+        device_name=device,
+    )
+    if as_json:
+        _say({"run": str(trained.path), "recipe": trained.name, **trained.progress})
+    else:
+        screen.print(f"next: trilemma sample {trained.path} -n 64 --out {trained.path}/pictures")
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")],
+    out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 64,
+    seed: Seed = 0,
+    label: Annotated[
+        str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
+    ] = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from a trained model, as numbered PNGs and a grid."""
+    from rich.progress import track
+
+    from trilemma import sample as sampling
+
+    trained = sampling.load(run, device)
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
+    drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
+    if as_json:
+        _say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
+    else:
+        screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+@app.command()
+def evaluate(
+    what: Annotated[Path, typer.Argument(help="A run, a folder or zip of pictures, or an .npz.")],
+    data: Data,
+    n: Annotated[int, typer.Option(min=2, help="Pictures to draw and to compare with.")] = 5000,
+    split: Annotated[str, typer.Option(help="The part of the data to compare with.")] = "test",
+    features: Annotated[
+        str, typer.Option(help="lite0, pixels, or inception:FILE (weights of the original FID).")
+    ] = "lite0",
+    seed: Seed = 0,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure quality, coverage, memorisation and speed against real pictures."""
+    from trilemma import evaluate as evaluation
+    from trilemma import sample as sampling
+
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    subject: Any = what
+    if what.name == "model.safetensors" or (what / "model.safetensors").exists():
+        subject = sampling.load(what, device)
+    result = evaluation.evaluate(
+        subject, data, n=n, split=split, features=features, seed=seed, **chosen
+    )
+    if as_json:
+        _say(result)
+    else:
+        Console(highlight=False).print(evaluation.describe(result))
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes to hold against each other.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder for runs and report.", show_default=False)],
+    budget: Annotated[str | None, typer.Option(help="Training time of each: 10m.")] = None,
+    equal: Annotated[str, typer.Option(help="What is equal: time, or images.")] = "time",
+    images: Annotated[
+        str | None, typer.Option(help="With --equal images: training images of each.")
+    ] = None,
+    size: Size = None,
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option(min=50, help="Pictures each is judged by.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Train several recipes under one budget; report quality, coverage and speed side by side."""
+    from trilemma.compare import compare as run
+
+    report = run(
+        recipes,
+        data,
+        out=out,
+        budget=None if budget is None else duration(budget),
+        equal=equal,
+        images=None if images is None else number(images),
+        size=size,
+        seed=seed,
+        n=n,
+    )
+    if as_json:
+        _say(report)
+    else:
+        screen.print(f"the report is {out / 'report.html'}; open it in a browser")
+
+
+def main() -> None:
+    """Run the command line; one clear message for each failure, a traceback with `--debug`."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except (Interrupted, UserError, OSError, ValueError) as error:
+        if debug:
+            raise
+        screen.print("error:", style="bold red", end=" ")
+        screen.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,195 @@
+"""Recipes: nested data that names classes and their arguments.
+
+A recipe is a TOML file. Wherever a table has a `type`, that is a path inside this package
+(`type = "networks.unet.UNet"`) and the rest of the table are the constructor's arguments: the
+constructor's signature is the schema. Only classes defined under `BUILDABLE` are ever built, so a
+recipe, and a checkpoint that carries one, holds data and never code.
+
+Strings that begin with `@` are facts of the data, filled in by `resolve`: `@shape` (C, H, W),
+`@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`.
+
+Sections: `[about]` what the recipe is; `[data]` what it asks of the data; `[model]` the family and
+its networks; `[train]` the loop's settings; `[sample]` the defaults of sampling. A run adds
+`[run]`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trilemma.errors import UserError
+
+BUILDABLE = ("models", "networks", "diffusion", "codecs", "conditioning")
+SECTIONS = ("about", "data", "model", "train", "sample")
+
+Recipe = dict[str, Any]
+
+
+def names() -> list[str]:
+    """Return the names of the packaged recipes."""
+    folder = resources.files("trilemma") / "recipes"
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load(name: str | Path) -> Recipe:
+    """Read a packaged recipe by name, or a recipe file by path.
+
+    Raises:
+        UserError: there is no such recipe, or it is not a valid one.
+    """
+    packaged = resources.files("trilemma") / "recipes" / f"{name}.toml"
+    if packaged.is_file():
+        text = packaged.read_text("utf-8")
+    elif str(name).endswith(".toml") and Path(name).is_file():
+        text = Path(name).read_text("utf-8")
+    else:
+        raise UserError(
+            f"there is no recipe '{name}'{suggest(str(name), names())}; "
+            f"packaged: {', '.join(names())}; or give the path of a .toml file"
+        )
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {name} is not valid TOML: {error}") from error
+    if "type" not in recipe.get("model", {}):
+        raise UserError(f"recipe {name} names no model: a [model] table with a `type` is needed")
+    return recipe
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" when a known word is near, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Return the recipe with `section.key=value` assignments applied.
+
+    A value is read as TOML (`8`, `0.1`, `true`, `[1, 2]`, `"text"`); what is not TOML is a string.
+
+    Raises:
+        UserError: an assignment is not of that form, or names no section of a recipe.
+    """
+    recipe = copy.deepcopy(recipe)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        *path, last = key.strip().split(".")
+        if not equals or not path or path[0] not in SECTIONS:
+            raise UserError(
+                f"--set {assignment}: expected section.key=value with a section of "
+                f"{', '.join(SECTIONS)}, for example --set train.batch=64"
+            )
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = recipe
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--set {assignment}: '{part}' is a value, not a table")
+        last_value = table.get(last)
+        if isinstance(last_value, dict) and not isinstance(value, dict):
+            raise UserError(
+                f"--set {assignment}: '{last}' is a table with {', '.join(last_value)}; "
+                f"set one of these, for example --set {key.strip()}.{next(iter(last_value))}=..."
+            )
+        table[last] = value
+    return recipe
+
+
+def resolve(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with every `@name` replaced by `facts[name]`.
+
+    Raises:
+        UserError: a recipe asks for a fact that there is not.
+    """
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        if isinstance(value, str) and value.startswith("@"):
+            if value[1:] not in facts:
+                raise UserError(f"the recipe asks for {value}; the data tell {', '.join(facts)}")
+            return facts[value[1:]]
+        return value
+
+    return fill(copy.deepcopy(recipe))
+
+
+def build(spec: Any) -> Any:
+    """Build what a resolved spec describes, innermost first.
+
+    Raises:
+        UserError: `type` is not a class of this package, or an argument is unknown or missing.
+    """
+    if isinstance(spec, list):
+        return [build(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    arguments = {key: build(value) for key, value in spec.items() if key != "type"}
+    if "type" not in spec:
+        return arguments
+    cls = _class(spec["type"])
+    check_arguments(cls, arguments, spec["type"])
+    try:
+        return cls(**arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{spec['type']}: {error}") from error
+
+
+def _class(path: str) -> type:
+    module_name, _, class_name = path.rpartition(".")
+    where = f"a path inside {', '.join(BUILDABLE)}, such as networks.unet.UNet"
+    if module_name.split(".")[0] not in BUILDABLE:
+        raise UserError(f"type '{path}' cannot be built: expected {where}")
+    try:
+        module = importlib.import_module(f"trilemma.{module_name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"type '{path}' was not found: expected {where}") from error
+    cls = getattr(module, class_name, None)
+    if not inspect.isclass(cls) or not _at_home(cls, module):
+        known = [n for n, c in inspect.getmembers(module, inspect.isclass) if _at_home(c, module)]
+        raise UserError(f"type '{path}' was not found; {module_name} has {', '.join(known)}")
+    return cls
+
+
+def _at_home(cls: type, module: ModuleType) -> bool:
+    return cls.__module__ == module.__name__
+
+
+def check_arguments(function: Any, given: Mapping[str, Any], name: str) -> None:
+    """Check `given` against a signature.
+
+    Raises:
+        UserError: naming the accepted arguments when one is unknown, or the missing one.
+    """
+    parameters = inspect.signature(function).parameters
+    for key in given:
+        if key not in parameters:
+            raise UserError(
+                f"{name} has no option '{key}'{suggest(key, parameters)}; "
+                f"it has {', '.join(parameters) or 'none'}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise UserError(f"{name} needs the option '{key}'")
+
+
+def find(spec: Any, key: str) -> Any:
+    """Return the first value under `key` anywhere in a nested spec, or None."""
+    children = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    if isinstance(spec, dict) and key in spec:
+        return spec[key]
+    return next((found for child in children if (found := find(child, key)) is not None), None)

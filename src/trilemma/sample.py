@@ -1,0 +1,241 @@
+"""A trained model and its pictures: seeds -> images -> PNG files that carry their recipe."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from trilemma import checkpoint, device, recipe
+from trilemma.batch import Condition, Rng, to_uint8
+from trilemma.errors import UserError
+from trilemma.model import Model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to sample.
+
+    Attributes:
+        model: averaged weights, in evaluation mode, on its device.
+        recipe: the resolved recipe that built it.
+        data: facts of the training data: `name`, `shape` (C, H, W), `label_names`, ...
+        progress: `step`, `seen` (images), `elapsed` (seconds of training).
+        path: the run folder or file it was read from; None while training.
+    """
+
+    model: Model
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    progress: dict[str, Any]
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe["run"]["recipe"]
+
+    @property
+    def sample_defaults(self) -> dict[str, Any]:
+        """The recipe's defaults for `sample`."""
+        return dict(self.recipe.get("sample", {}))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the model was trained with class labels."""
+        return bool(recipe.find(self.recipe["model"], "classes"))
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the complete sampling options: the recipe's defaults, then `given`.
+
+        Raises:
+            UserError: an option that this family's `sample` does not have.
+        """
+        parameters = inspect.signature(self.model.sample).parameters
+        accepted = [name for name in parameters if name not in ("condition", "rng")]
+        chosen = {**self.sample_defaults, **{k: v for k, v in given.items() if v is not None}}
+        for name in chosen:
+            if name not in accepted:
+                raise UserError(
+                    f"{self.name} cannot be sampled with '{name}'"
+                    f"{recipe.suggest(name, accepted)}; it takes {', '.join(accepted) or 'none'}"
+                )
+        return chosen
+
+    def labels(self, n: int, label: str | int | None) -> Tensor | None:
+        """Return (n,) class indices: `label` for all, or the classes in turn when it is None.
+
+        Raises:
+            UserError: the model knows no classes, or not this one.
+        """
+        known = self.data["label_names"]
+        if not self.conditional:
+            if label is not None:
+                raise UserError(f"{self.name} was trained without classes; leave the label out")
+            return None
+        if label is None:
+            return torch.arange(n) % len(known)
+        if str(label) in known:
+            return torch.full((n,), known.index(str(label)))
+        if str(label).isdigit() and int(label) < len(known):
+            return torch.full((n,), int(label))
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(known))
+        raise UserError(
+            f"no class '{label}'{recipe.suggest(str(label), known)}; the model knows {listed}"
+        )
+
+    def batches(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        label: str | int | None = None,
+        batch: int = 128,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Draw `n` images in batches, uint8 (B, C, H, W) on the CPU.
+
+        Image i draws from the stream of seed + i: it does not depend on `n` or `batch`.
+
+        Raises:
+            UserError: an unknown option or class; `n` or `batch` below 1.
+        """
+        if n < 1 or batch < 1:
+            raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
+        labels, chosen = self.labels(n, label), self.options(options)
+        where = next(self.model.parameters()).device
+        dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
+        for start in range(0, n, batch):
+            count = min(batch, n - start)
+            part = None if labels is None else labels[start : start + count].to(where)
+            rng = Rng(range(seed + start, seed + start + count), where)
+            with torch.inference_mode(), device.autocast(dtype, where):
+                images = self.model.sample(Condition(count, label=part), rng, **chosen)
+            if not images.isfinite().all():
+                raise UserError(f"{self.name} drew images that are not finite; train it anew")
+            yield to_uint8(images).cpu()
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        label: str | int | None = None,
+        batch: int = 128,
+        **options: Any,
+    ) -> Tensor:
+        """Draw `n` images, uint8 (n, C, H, W) on the CPU; arguments and errors as `batches`."""
+        return torch.cat(list(self.batches(n, seed=seed, label=label, batch=batch, **options)))
+
+
+def load(run: str | Path, device_name: str | None = None) -> Trained:
+    """Load a trained model from a run folder or its `model.safetensors`.
+
+    Args:
+        run: the folder or the file.
+        device_name: `cpu`, `cuda`, `mps`; None picks the fastest there is.
+
+    Raises:
+        UserError: there is no such run, or the file is damaged.
+    """
+    path = Path(run)
+    tensors, facts = checkpoint.read(path / "model.safetensors" if path.is_dir() else path)
+    model = recipe.build(facts["recipe"]["model"])
+    checkpoint.load_weights(model, tensors, str(path))
+    model.requires_grad_(False).eval()
+    model.to(device.pick(device_name))
+    return Trained(model, facts["recipe"], facts["data"], facts["progress"], path)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Convert one uint8 (C, H, W) image, C of 1 or 3, to a PIL image."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Lay out uint8 (N, C, H, W) images in rows on white, `gap` pixels apart.
+
+    `columns` None makes a near-square grid.
+    """
+    n, channels, height, width = images.shape
+    columns = min(n, columns or int(n**0.5 + 0.999))
+    rows = -(-n // columns)
+    size = (channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    sheet = torch.full(size, 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return to_pil(sheet)
+
+
+def save(
+    trained: Trained,
+    n: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    label: str | int | None = None,
+    batch: int = 128,
+    **options: Any,
+) -> Iterator[Path]:
+    """Draw `n` images into `out` as numbered PNGs and, at the end, `grid.png`; yield each path.
+
+    Every PNG carries its full recipe as JSON under `trilemma` and a line under `parameters` in the
+    form that other tools read. Existing files of the same numbers are replaced.
+
+    Raises:
+        UserError: as `Trained.batches`; `out` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for the images")
+    chosen = trained.options(options)
+    labels = trained.labels(n, label)
+    names = trained.data["label_names"]
+    kept: list[Tensor] = []
+    digits = max(5, len(str(n - 1)))
+    index = 0
+    for images in trained.batches(n, seed=seed, label=label, batch=batch, **options):
+        out.mkdir(parents=True, exist_ok=True)
+        for image in images:
+            facts = {
+                "seed": seed + index,
+                "label": None if labels is None else names[int(labels[index])],
+                "sample": chosen,
+                "recipe": trained.recipe,
+                "progress": trained.progress,
+            }
+            path = out / f"{index:0{digits}d}.png"
+            to_pil(image).save(path, pnginfo=_metadata(trained, facts))
+            if index < 100:
+                kept.append(image)
+            index += 1
+            yield path
+    sheet = {"seed": seed, "count": n, "sample": chosen, "recipe": trained.recipe}
+    columns = 10 if labels is not None and len(kept) >= 10 else None
+    grid(torch.stack(kept), columns).save(out / "grid.png", pnginfo=_metadata(trained, sheet))
+    yield out / "grid.png"
+
+
+def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("trilemma", json.dumps(facts))
+    said = {
+        "Steps": facts["sample"].get("steps"),
+        "Sampler": facts["sample"].get("solver"),
+        "CFG scale": facts["sample"].get("guidance"),
+        "Seed": facts["seed"],
+        "Size": "{2}x{1}".format(*trained.data["shape"]),
+        "Model": trained.name,
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in said.items() if value is not None)
+    info.add_text("parameters", f"{facts.get('label') or ''}\n{line}")
+    return info
