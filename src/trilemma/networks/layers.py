@@ -33,3 +33,27 @@ def sinusoidal(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tens
     exponent = torch.arange(half, device=position.device, dtype=torch.float32) / half
     angle = position.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def one_hot(label: Tensor | None, classes: int, count: int, device: torch.device) -> Tensor:
+    """Labels (B,) as rows (B, classes) of zeros and a one; `classes` may be 0: (B, 0).
+
+    Raises ValueError when there are classes and no label.
+    """
+    if label is None and classes:
+        raise ValueError(f"this model draws one of {classes} classes: it needs a label")
+    if label is None or not classes:
+        return torch.zeros(count, 0, device=device)
+    return (label[:, None] == torch.arange(classes, device=label.device)).float()
+
+
+def halvings(size: int) -> tuple[int, int]:
+    """How often to halve a side of `size` pixels to come to 4 to 7: (times, what is left).
+
+    A size that does not halve evenly is rounded up: 28 -> (2, 7), 64 -> (4, 4), 36 -> (3, 5).
+    Raises ValueError below 8 pixels.
+    """
+    if size < 8:
+        raise ValueError(f"a side of {size} pixels is too short: this network needs at least 8")
+    times = math.floor(math.log2(size / 4))
+    return times, -(-size // 2**times)
