@@ -1,0 +1,59 @@
+"""What the network predicts: F = a x_0 + b noise.
+
+With x_t = alpha x_0 + sigma noise, two equations in two unknowns, so for every target
+
+    x_0 = (b x_t - sigma F) / (b alpha - a sigma)
+
+Noise: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", eq. 14. Image and
+velocity: Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models",
+section 4. Straight: Liu, Gong, Liu 2023, "Flow Straight and Fast", eq. 1 (with time reversed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[Tensor, Tensor]
+"""(a, b), each in the shape of alpha."""
+
+
+def _noise(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def _image(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return torch.ones_like(alpha), torch.zeros_like(alpha)
+
+
+def _velocity(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return -sigma, alpha
+
+
+def _straight(alpha: Tensor, sigma: Tensor) -> Coefficients:
+    return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+TARGETS: dict[str, Callable[[Tensor, Tensor], Coefficients]] = {
+    "noise": _noise,
+    "image": _image,
+    "velocity": _velocity,
+    "straight": _straight,
+}
+"""Name -> (alpha, sigma) -> (a, b)."""
+
+
+def clean(x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor, ab: Coefficients) -> Tensor:
+    """Return x_0 as the network's output F says it: the formula above.
+
+    Args:
+        x: x_t (B, ...).
+        output: F (B, ...).
+        alpha: broadcast to x, as are the others.
+        sigma: the noise level.
+        ab: the target's coefficients at (alpha, sigma).
+    """
+    a, b = ab
+    return (b * x - sigma * output) / (b * alpha - a * sigma)

@@ -1,0 +1,57 @@
+"""How an error counts: the loss of one number, and the weight of a time.
+
+A weight w(SNR) in front of the squared error of x_0 is turned by the target's formula
+x_0 = (b x_t - sigma F) / (b alpha - a sigma) into one in front of the error of F, w times
+(sigma / (b alpha - a sigma))^2. Min-SNR: Hang et al. 2023, "Efficient Diffusion Training via
+Min-SNR Weighting Strategy", eq. 7: w = min(SNR, gamma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilemma.diffusion.targets import Coefficients
+
+
+def _l2(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target, reduction="none")
+
+
+def _l1(output: Tensor, target: Tensor) -> Tensor:
+    return F.l1_loss(output, target, reduction="none")
+
+
+def _huber(output: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(output, target, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": _l2, "l1": _l1, "huber": _huber}
+"""Name -> (output, target) -> elementwise loss."""
+
+
+class Even:
+    """Errors of F count alike at all times."""
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, ab: Coefficients) -> Tensor | float:
+        """Return 1."""
+        return 1.0
+
+
+class MinSNR:
+    """Errors of x_0 count by min(SNR, gamma).
+
+    Args:
+        gamma: the largest weight.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, ab: Coefficients) -> Tensor | float:
+        """Return the weight of an error of F at (alpha, sigma), in their shape."""
+        a, b = ab
+        snr = (alpha / sigma) ** 2
+        return snr.clamp(max=self.gamma) * (sigma / (b * alpha - a * sigma)) ** 2
