@@ -55,6 +55,7 @@ class Log:
         self._bar: Progress | None = None
         self._name, self._last_told = name, time.monotonic()
         if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             path = folder / "log.jsonl"
             kept = [] if not path.exists() else path.read_text("utf-8").splitlines(keepends=True)
             kept = [line for line in kept if _step(line) <= resumed_at]

@@ -24,7 +24,7 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from trilemma import checkpoint, device, distributed, recipe, sample
+from trilemma import __version__, checkpoint, device, distributed, recipe, sample
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
@@ -232,6 +232,7 @@ class Run:
         self.model, self.spec, self.settings, self.length = model, spec, settings, length
         self.data, self.out, self.rank, self.where = data, out, rank, where
         self.seed = spec["run"]["seed"]
+        spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
         self.phases = model.phases()
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -278,10 +279,11 @@ class Run:
             for phase in self.phases:
                 for module in phase.modules:
                     device.maybe_compile(module, settings.compile, self.where)
-            self._loop(log, batches(
-                self.data, settings.batch, seed=self.seed, start=progress.seen,
-                flip=flip, rank=self.rank, world=world,
-            ), probe, probes)
+            share = {"flip": flip, "rank": self.rank, "world": world}
+            stream = batches(
+                self.data, settings.batch, seed=self.seed, start=progress.seen, **share
+            )
+            self._loop(log, stream, probe, probes)
         finally:
             log.close()
 
@@ -457,7 +459,6 @@ class Run:
         }
 
     def _write_recipe(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         temporary = self.out / ".recipe.toml.tmp"
         temporary.write_bytes(tomli_w.dumps(self.spec).encode())
         checkpoint.replace(temporary, self.out / "recipe.toml")
@@ -474,8 +475,8 @@ class Run:
                 "optimizers", {k: o.state_dict() for k, o in self.optimizers.items()}, tensors
             ),
         }
-        self.spec["run"]["length"] = {k: v for k, v in asdict(self.length).items() if v is not None}
         about = {"recipe": self.spec, "data": self._data(), "progress": asdict(self.progress)}
+        about["trilemma"] = __version__
         checkpoint.write(
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
         )
@@ -509,7 +510,8 @@ class Run:
             optimizer.load_state_dict(state["optimizers"][name])
         self.progress = Progress(**facts["progress"])
         if keep_length:
-            self.length = Length(**facts["recipe"]["run"]["length"])
+            self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
+            self.length = Length(**self.spec["run"]["length"])
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""The per-image random streams, and what flows in a batch."""
+
+import math
+
+import pytest
+import torch
+
+from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
+
+
+def test_philox_known_answer():
+    """The published test vector of Philox4x32-10 for an all-zero counter and key."""
+    words = Rng([0])._bits(4)[0].tolist()
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_a_stream_does_not_depend_on_its_batch():
+    together, alone = Rng([3, 2**62, 7]), Rng([2**62])
+    for _ in range(3):
+        assert torch.equal(together.normal(3, 5)[1:2], alone.normal(3, 5))
+
+
+def test_streams_and_calls_differ():
+    rng = Rng([0, 1])
+    first, second = rng.normal(100), rng.normal(100)
+    for a, b in [(first[0], first[1]), (first[0], second[0]), (first[0], second[1])]:
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.35
+
+
+def test_moments():
+    normal = Rng(range(64)).normal(4096).double()
+    assert abs(normal.mean()) < 0.01 and abs(normal.var() - 1) < 0.01
+    assert abs((normal**4).mean() - 3) < 0.06
+    uniform = Rng(range(64)).uniform(4096).double()
+    assert 0 < uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.003 and abs(uniform.var() - 1 / 12) < 0.001
+
+
+def test_categorical_follows_its_logits():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(1, 20_000, 3)
+    drawn = Rng([1]).categorical(logits)[0]
+    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.02)
+
+
+def test_integers_cover_their_range():
+    drawn = Rng(range(4)).integers(5, 1000)
+    assert drawn.min() == 0 and drawn.max() == 4
+
+
+def test_splitting_keeps_streams_and_conditions():
+    rng = Rng(range(4))
+    condition = Condition(4, label=torch.arange(4), text=list("abcd"))
+    batch = Batch(torch.zeros(4, 1, 2, 2), condition, 0, rng)
+    whole = Rng(range(4)).normal(6)
+    parts = list(batch.split(2))
+    assert torch.equal(torch.cat([part.rng.normal(6) for part in parts]), whole)
+    assert parts[1].condition.text == ["c", "d"] and parts[1].condition.count == 2
+    with pytest.raises(ValueError, match="cannot be cut into 3"):
+        list(batch.split(3))
+
+
+def test_uint8_round_trip():
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert math.isclose(to_float(every).min(), -1) and math.isclose(to_float(every).max(), 1)

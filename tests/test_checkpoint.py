@@ -1,0 +1,50 @@
+"""Files that are all or nothing."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trilemma import checkpoint
+from trilemma.errors import UserError
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "deep" / "model.safetensors"
+    checkpoint.write(path, {"a": torch.arange(3.0)}, {"recipe": {"x": [1]}})
+    tensors, facts = checkpoint.read(path)
+    assert torch.equal(tensors["a"], torch.arange(3.0)) and facts["recipe"] == {"x": [1]}
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_optimizer_state_round_trip():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    tensors = {}
+    rest = checkpoint.flatten("o", optimizer.state_dict(), tensors)
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.5)
+    other.load_state_dict(checkpoint.unflatten(rest, tensors))
+    assert other.param_groups[0]["lr"] == 0.1
+    for key, value in optimizer.state[parameter].items():
+        assert torch.equal(next(iter(other.state.values()))[key], value)
+
+
+def test_what_is_not_ours_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.read(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not a file")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.read(tmp_path / "bad.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not one that Trilemma wrote"):
+        checkpoint.read(tmp_path / "other.safetensors")
+    checkpoint.write(tmp_path / "new.safetensors", {}, {"format": 99})
+    with pytest.raises(UserError, match="newer Trilemma"):
+        checkpoint.read(tmp_path / "new.safetensors")
+
+
+def test_weights_must_fit():
+    module = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError, match=r"missing: bias; unknown: other; shape: weight \(1,\)"):
+        checkpoint.load_weights(module, {"weight": torch.ones(1), "other": torch.ones(1)}, "x")

@@ -1,0 +1,155 @@
+"""What every packaged recipe must keep, at a tiny size."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from trilemma import recipe
+from trilemma import sample as sampling
+from trilemma import train as training
+from trilemma.data import batches
+from trilemma.data import load as load_data
+from trilemma.errors import UserError
+
+RECIPES = recipe.names()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all")
+
+
+def build(name, data, seed=0):
+    torch.manual_seed(seed)
+    spec = recipe.override(recipe.load(name), tiny.overrides(name))
+    return recipe.build(recipe.resolve(spec, training.facts(data))["model"])
+
+
+def first_batch(data):
+    return next(batches(data, 8, seed=0))
+
+
+def fit(name, data, out, **options):
+    options = {"seed": 1, "quiet": True, "overrides": tiny.overrides(name), **options}
+    return training.train(name, data, out=out, **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_phase_lowers_its_own_loss_on_one_batch(name, data):
+    model = build(name, data).train()
+    for phase in model.phases():
+        for _ in range(2):  # networks that begin with a zero layer need a step to wake up
+            learn = [p for module in phase.modules for p in module.parameters()]
+        optimizer = torch.optim.Adam(learn, lr=1e-3)
+        trace = []
+        for _ in range(25):
+            with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+                loss = phase.loss(first_batch(data))["loss"]
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trace.append(loss.item())
+        assert all(math.isfinite(value) for value in trace)
+        assert min(trace[-5:]) < trace[0], (phase.name, trace)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_parameter_learns_in_exactly_one_phase(name, data):
+    model = build(name, data).train()
+    names = {id(p): key for key, p in model.named_parameters()}
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    phases = model.phases()
+    owners = [
+        {names[id(p)] for module in phase.modules for p in module.parameters() if p.requires_grad}
+        for phase in phases
+    ]
+    assert sum(len(own) for own in owners) == len(trainable)
+    assert set().union(*owners) == trainable
+    for phase, own in zip(phases, owners, strict=True):
+        for _ in range(3):  # zero-initialised layers hold gradients back at first
+            with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+                phase.loss(first_batch(data))["loss"].backward()
+            reached = {k for k, p in model.named_parameters() if p.grad is not None}
+            assert reached <= own
+            moved = [p for p in model.parameters() if p.grad is not None]
+            torch.optim.SGD(moved, lr=1e-2).step()
+            model.zero_grad(set_to_none=True)
+        assert reached == own, f"{phase.name}: no gradient for {own - reached}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_loss_does_not_depend_on_how_the_batch_is_split(name, data):
+    model = build(name, data).train()
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        pytest.skip("batch normalisation looks at the whole batch")
+    for phase in model.phases():
+        whole = copy.deepcopy(model)
+        wholly = next(p for p in whole.phases() if p.name == phase.name)
+        batch = first_batch(data)
+        parts = [phase.loss(part)["loss"].item() for part in batch.split(2)]
+        assert sum(parts) / 2 == pytest.approx(wholly.loss(batch)["loss"].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_run_is_the_same_run(name, data, tmp_path):
+    whole = fit(name, data, tmp_path / "whole", steps=7)
+    stop_at_4 = tmp_path / "parts"
+    fit(name, data, stop_at_4, steps=7, probe=_stop_after(4), probes=7)
+    parts = fit(name, data, stop_at_4, steps=7, resume=True)
+    assert parts.progress["step"] == whole.progress["step"] == 7
+    one, two = whole.model.state_dict(), parts.model.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def _stop_after(step):
+    """Return a probe that asks the run to stop, as a signal would, once `step` is reached."""
+    import os
+    import signal
+
+    def probe(trained, elapsed):
+        if trained.progress["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    return probe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_samples(name, data, tmp_path):
+    trained = fit(name, data, tmp_path / "run", steps=2)
+    options = {"steps": 3} if "steps" in trained.sample_defaults else {}
+    images = trained.sample(6, seed=5, **options)
+    assert images.shape == (6, *data.shape) and images.dtype == torch.uint8
+    loaded = sampling.load(tmp_path / "run")
+    assert torch.equal(loaded.sample(6, seed=5, **options), images), "a reloaded model differs"
+    apart = trained.sample(6, seed=5, batch=2, **options).int()
+    assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
+    assert not torch.equal(images[0], images[3]) or trained.sample(1, seed=9).std() == 0
+    with pytest.raises(UserError, match="it takes"):
+        trained.sample(1, no_such_option=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_about_is_complete_and_true(name):
+    spec = recipe.load(name)
+    about = spec["about"]
+    assert {"summary", "paper", "family", "needs", "parameters"} <= about.keys()
+    size = about.get("size", 32)
+    facts = {"shape": [3, size, size], "channels": 3, "size": size, "classes": 10, "attributes": 0}
+    with torch.device("meta"):
+        model = recipe.build(recipe.resolve(spec, {**facts, "count": 10_000})["model"])
+    assert sum(p.numel() for p in model.parameters()) == about["parameters"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_unknown_option_names_the_accepted_ones(name, data, tmp_path):
+    with pytest.raises(UserError, match="no option 'colour'.*it has"):
+        fit(name, data, tmp_path / "run", overrides=["model.colour=3"])
+    with pytest.raises(UserError, match="no option 'bach'.*did you mean 'batch'"):
+        fit(name, data, tmp_path / "run", overrides=["train.bach=3"])

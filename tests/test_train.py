@@ -1,0 +1,208 @@
+"""The training loop: budgets, averages, trouble, signals, kills, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+
+from trilemma import checkpoint
+from trilemma import train as training
+from trilemma.data import load as load_data
+from trilemma.errors import Interrupted, UserError
+
+NAME = "ddpm"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), count=40)
+
+
+@pytest.fixture(scope="session")
+def data(folder):
+    return load_data(folder, split="all")
+
+
+def fit(data, out, *changes, **options):
+    options = {"seed": 3, "quiet": True, **options}
+    overrides = [*tiny.overrides(NAME), *changes]
+    return training.train(NAME, data, out=out, overrides=overrides, **options)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return checkpoint.read(out / "model.safetensors")[0]
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_lengths(data, tmp_path):
+    assert fit(data, tmp_path / "a", steps=3).progress["step"] == 3
+    assert fit(data, tmp_path / "b", images=20).progress["seen"] == 24
+    assert fit(data, tmp_path / "c", budget=0.5).progress["elapsed"] >= 0.5
+    with pytest.raises(UserError, match="give one of"):
+        fit(data, tmp_path / "d", steps=3, images=3)
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(data, tmp_path / "a", steps=3)
+
+
+def test_a_run_folder(data, tmp_path):
+    out = tmp_path / "run"
+    fit(data, out, "train.grids=2", "train.log_every=1", steps=4)
+    assert {p.name for p in (out / "samples").iterdir()} == {"000000016.png", "000000032.png"}
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4]
+    assert {"loss", "images_per_second", "elapsed", "seen"} <= log(out)[0].keys()
+    assert "networks.unet.UNet" in (out / "recipe.toml").read_text()
+
+
+def test_accumulation_gives_the_same_run(data, tmp_path):
+    whole = fit(data, tmp_path / "a", "train.log_every=1", steps=4)
+    fit(data, tmp_path / "b", "train.log_every=1", "train.accumulate=4", steps=4)
+    ours, theirs = log(tmp_path / "a"), log(tmp_path / "b")
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+    assert whole.progress["step"] == 4
+    with pytest.raises(UserError, match="choose train.batch a multiple"):
+        fit(data, tmp_path / "c", "train.accumulate=3", steps=1)
+
+
+def test_probes_are_called_evenly_and_logged(data, tmp_path):
+    called = []
+
+    def probe(trained, elapsed):
+        called.append(trained.progress["step"])
+        return {"score": 1.0}
+
+    fit(data, tmp_path / "run", steps=8, probe=probe, probes=4)
+    assert called == [2, 4, 6, 8]
+    assert [line["probe"] for line in log(tmp_path / "run") if "probe" in line] == [
+        {"score": 1.0}
+    ] * 4
+
+
+def test_init_takes_the_weights_that_fit(data, tmp_path):
+    first = fit(data, tmp_path / "a", steps=3)
+    second = fit(data, tmp_path / "b", "train.optimizer.lr=0.0", steps=1, init=tmp_path / "a")
+    assert same(first.model.state_dict(), second.model.state_dict())
+
+
+def test_resume_refuses_what_differs(data, folder, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="nothing to resume"):
+        fit(data, out, steps=2, resume=True)
+    fit(data, out, steps=2)
+    with pytest.raises(UserError, match=r"train.clip is 3 now and was"):
+        fit(data, out, "train.clip=3", steps=4, resume=True)
+    with pytest.raises(UserError, match="pictures have changed"):
+        fit(load_data(folder, split="train"), out, steps=4, resume=True)
+    assert fit(data, out, steps=4, resume=True).progress["step"] == 4
+    assert fit(data, out, resume=True).progress["step"] == 4  # the length is remembered
+
+
+def poison(monkeypatch, bad_steps):
+    """Make the loss not finite at these calls."""
+    plain = training.Run._take
+    calls = iter(range(1000))
+
+    def take(self, phase, batch, rate):
+        if next(calls) in bad_steps:
+            loss = phase.loss
+            phase = type(phase)(
+                phase.name, lambda b: {"loss": loss(b)["loss"] * torch.inf}, phase.modules
+            )
+        return plain(self, phase, batch, rate)
+
+    monkeypatch.setattr(training.Run, "_take", take)
+
+
+def test_a_step_that_is_not_finite_is_named_and_skipped(data, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3})
+    trained = fit(data, tmp_path / "run", steps=6)
+    assert all(value.isfinite().all() for value in trained.model.state_dict().values())
+    told = [line for line in log(tmp_path / "run") if "non_finite" in line]
+    assert [line["step"] for line in told] == [2, 3]
+    assert "loss is not finite" in told[0]["non_finite"]
+
+
+def test_trouble_that_persists_stops_at_the_last_good_state(data, tmp_path, monkeypatch):
+    poison(monkeypatch, range(4, 1000))
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"5 steps in a row .* learning rate"):
+        fit(data, out, "train.save_every=0", steps=100)
+    _, facts = checkpoint.read(out / "training" / "state.safetensors")
+    assert facts["progress"]["step"] == 4
+    assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_a_signal_saves_and_stops(data, tmp_path):
+    def probe(trained, elapsed):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(Interrupted, match="add --resume to go on"):
+        fit(data, tmp_path / "run", steps=8, probe=probe, probes=4)
+    _, facts = checkpoint.read(tmp_path / "run" / "training" / "state.safetensors")
+    assert facts["progress"]["step"] == 3
+
+
+def command(folder, out, *more, prefix=(sys.executable, "-m", "trilemma")):
+    sets = [word for change in tiny.overrides(NAME) for word in ("--set", change)]
+    where = ["--data", str(folder), "--out", str(out), "--device", "cpu", "--seed", "3"]
+    return [*prefix, "train", NAME, *where, *sets, *more]
+
+
+def environment(tmp_path):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def test_two_processes_give_the_losses_of_one(folder, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    torchrun += ("--master_addr=127.0.0.1", "--master_port=29617", "-m", "trilemma")
+    more = ["--steps", "4", "--set", "train.log_every=1", "--set", "train.precision=fp32"]
+    more += ["--set", "train.compile=off"]
+    environ = environment(tmp_path)
+    one = command(folder, tmp_path / "one", *more)
+    two = command(folder, tmp_path / "two", *more, prefix=torchrun)
+    subprocess.run(one, check=True, env=environ, capture_output=True)
+    subprocess.run(two, check=True, env=environ, capture_output=True)
+    pairs = zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True)
+    for ours, theirs in pairs:
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for key, value in weights(tmp_path / "one").items():
+        assert torch.allclose(value, weights(tmp_path / "two")[key], atol=1e-4), key
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_can_go_on(folder, tmp_path):
+    """Kill -9 at 20 random moments; each run, resumed, ends in the same weights."""
+    environ = environment(tmp_path)
+    more = ["--steps", "200", "--set", "train.save_every=0.05", "--set", "train.compile=off"]
+    began = time.monotonic()
+    subprocess.run(command(folder, tmp_path / "whole", *more), check=True, env=environ)
+    takes = time.monotonic() - began
+    whole = weights(tmp_path / "whole")
+    moments = random.Random(0)
+    for i in range(20):
+        out = tmp_path / f"killed{i}"
+        process = subprocess.Popen(command(folder, out, *more), env=environ)
+        time.sleep(moments.uniform(0, 1) * takes)
+        process.kill()
+        process.wait()
+        began_at_all = (out / "training" / "state.safetensors").exists()
+        again = command(folder, out, *more, *(["--resume"] if began_at_all else []))
+        subprocess.run(again, check=True, env=environ)
+        assert same(weights(out), whole), f"run {i} differs"

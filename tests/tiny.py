@@ -1,0 +1,43 @@
+"""Every packaged recipe, made small enough to train in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trilemma import recipe
+
+SIZE = 16
+
+# What makes a class small, by its path in a recipe. A new network adds its line here.
+SMALL: dict[str, dict] = {
+    "networks.unet.UNet": {"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [8]},
+}
+
+
+def overrides(name: str) -> list[str]:
+    """Return the `--set` changes that shrink a packaged recipe."""
+    return [*_changes("model", recipe.load(name)["model"]), "train.batch=8", "train.grids=0"]
+
+
+def _changes(path, spec):
+    for key, value in spec.items():
+        if isinstance(value, dict):
+            yield from _changes(f"{path}.{key}", value)
+    for key, value in SMALL.get(spec.get("type", ""), {}).items():
+        yield f"{path}.{key}={value}"
+
+
+def pictures(folder: Path, count: int = 20, classes: int = 3) -> Path:
+    """Write class folders of small colour pictures: a bright shape on a dark ground."""
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        image = np.full((SIZE, SIZE, 3), 40, np.uint8)
+        x, y = draw.integers(0, SIZE // 2, 2)
+        image[y : y + SIZE // 2, x : x + SIZE // 2, i % classes] = draw.integers(128, 256)
+        path = folder / f"class{i % classes}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
