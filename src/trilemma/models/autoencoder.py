@@ -1,0 +1,240 @@
+"""Autoencoders: AE, and the variational autoencoder with its bound on the likelihood.
+
+AE: Hinton, Salakhutdinov (2006), "Reducing the Dimensionality of Data with Neural Networks". An
+encoder and a decoder that minimise the squared error of decode(encode(x)). It is no generator by
+itself; a Gaussian fitted to its latents makes it one (Ghosh et al. 2020, "From Variational to
+Deterministic Autoencoders", section 4).
+
+VAE: Kingma, Welling (2013), "Auto-Encoding Variational Bayes". z ~ N(0, I), x ~ p(x | z), and the
+encoder is a Gaussian q(z | x) = N(mu, diag s^2), trained to maximise the bound (equation 3)
+
+    log p(x)  >=  E_q[log p(x | z)]  -  KL(q(z | x) || N(0, I)),
+
+    KL = 1/2 sum_j (mu_j^2 + s_j^2 - 1 - log s_j^2)                               (appendix B)
+
+with z = mu + s e, e ~ N(0, I). `beta` weights the KL: Higgins et al. (2017), "beta-VAE: Learning
+Basic Visual Concepts with a Constrained Variational Framework", equation 4. It may rise from 0 over
+the first `warmup` images, lest the latents be given up early: Bowman et al. (2016), "Generating
+Sentences from a Continuous Space", section 3.1; Sonderby et al. (2016).
+
+    likelihood          log p(x | z), with y = decoder(z)
+    gaussian            log N(x; y, sigma^2), one sigma for all pixels, learned with the rest: at
+                        its best sigma^2 is the mean squared error, and no weight between the two
+                        terms is left to choose (Rybkin, Daniilidis, Levine 2021, "Simple and
+                        Effective VAE Training with Calibrated Decoders", section 3)
+    bernoulli           u y - s(y), u = (x + 1) / 2 in [0, 1] and softplus s: for pictures that are
+                        nearly black and white
+
+With classes, both halves are told the label y, and the bound is on log p(x | y). Without a label,
+log p(x) is over equally frequent classes, and a latent is followed by the class that explains the
+image best, as a one-hot row: `decode(encode(x))` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilemma.batch import Batch, Condition, Rng
+from trilemma.model import Losses, Model, Phase
+from trilemma.networks.layers import one_hot
+
+
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, I)), from (B, D) to (B,) nats."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+
+
+def gaussian_log_prob(image: Tensor, output: Tensor, log_sigma: Tensor) -> Tensor:
+    """Log N(image; output, sigma^2), from (B, C, H, W) to (B,) nats."""
+    scaled = (image - output) * (-log_sigma).exp()
+    return -(0.5 * scaled.square() + log_sigma + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def bernoulli_log_prob(image: Tensor, output: Tensor) -> Tensor:
+    """Log likelihood (B,) of images in [-1, 1], taken as grey levels in [0, 1], under logits."""
+    level = (image + 1) / 2
+    return (level * output - F.softplus(output)).flatten(1).sum(1)
+
+
+class AE(Model):
+    """A deterministic autoencoder; samples come from a Gaussian fitted to its latents.
+
+    The Gaussian is the running mean and covariance of the latents of training images, kept as
+    buffers and forgotten by half every `halflife` images: nothing in it is random.
+
+    Args:
+        encoder: maps images and (empty) labels to latents (B, D).
+        decoder: maps latents and labels to images.
+        latent: D.
+        halflife: of the running moments, in images.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, latent: int, halflife: float = 10_000
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.halflife = encoder, decoder, halflife
+        self.first_moment: Tensor
+        self.second_moment: Tensor
+        self.weight: Tensor
+        self.register_buffer("first_moment", torch.zeros(latent))
+        self.register_buffer("second_moment", torch.zeros(latent, latent))
+        self.register_buffer("weight", torch.zeros(()))
+
+    def phases(self) -> list[Phase]:
+        """Encoder and decoder learn together."""
+        return [Phase("autoencoder", self.loss, [self.encoder, self.decoder])]
+
+    def loss(self, batch: Batch) -> Losses:
+        """Squared error of the reconstruction, a mean over pixels."""
+        latent = self.encode(batch.image)
+        self._remember(latent.detach())
+        return {"loss": F.mse_loss(self.decoder(latent, latent[:, :0]), batch.image)}
+
+    @torch.no_grad()
+    def _remember(self, latent: Tensor) -> None:
+        keep = 0.5 ** (len(latent) / self.halflife)
+        self.first_moment.lerp_(latent.mean(0), 1 - keep)
+        self.second_moment.lerp_(latent.T @ latent / len(latent), 1 - keep)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to latents (B, D)."""
+        return self.encoder(image, image.new_zeros(len(image), 0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map latents (B, D) to images (B, C, H, W)."""
+        return self.decoder(latent, latent[:, :0]).clamp(-1, 1)
+
+    def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
+        """Draw images from the Gaussian of the latents seen in training.
+
+        Args:
+            condition: only its count is used.
+            rng: one stream per image.
+            temperature: scale of the deviation from the mean latent.
+        """
+        weight = self.weight.clamp(min=1e-12)
+        mean = self.first_moment / weight
+        covariance = self.second_moment / weight - mean[:, None] * mean
+        values, vectors = torch.linalg.eigh(covariance.float())
+        root = vectors * values.clamp(min=0).sqrt()  # root root^T = covariance
+        noise = rng.normal(len(mean))
+        return self.decode(mean + temperature * (root @ noise[:, :, None])[:, :, 0])
+
+
+class VAE(Model):
+    """A variational autoencoder, conditional on classes where there are any.
+
+    Args:
+        encoder: maps images (B, C, H, W) and labels (B, K) to (B, 2 D): mean and log-variance.
+        decoder: maps latents (B, D) and labels to (B, C, H, W).
+        latent: D.
+        classes: K, 0 for none.
+        likelihood: "gaussian" or "bernoulli".
+        beta: weight of the KL.
+        warmup: images over which the weight rises from 0 to beta.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent: int,
+        classes: int = 0,
+        likelihood: str = "gaussian",
+        beta: float = 1.0,
+        warmup: int = 0,
+    ) -> None:
+        super().__init__()
+        if likelihood not in ("gaussian", "bernoulli"):
+            raise ValueError(f"likelihood is {likelihood!r}: use 'gaussian' or 'bernoulli'")
+        self.encoder, self.decoder = encoder, decoder
+        self.latent, self.classes, self.likelihood = latent, classes, likelihood
+        self.beta, self.warmup = beta, warmup
+        if likelihood == "gaussian":
+            self.log_sigma = nn.Parameter(torch.tensor(-1.0))
+
+    def phases(self) -> list[Phase]:
+        """Everything learns together."""
+        return [Phase("vae", self.loss, [self])]
+
+    def loss(self, batch: Batch) -> Losses:
+        """The negative bound in nats per pixel and channel, its KL weighted."""
+        label = one_hot(batch.condition.label, self.classes, len(batch), batch.image.device)
+        mean, log_variance = self._posterior(batch.image, label)
+        latent = mean + (0.5 * log_variance).exp() * batch.rng.normal(self.latent)
+        fit = self._log_likelihood(batch.image, latent, label).mean()
+        kl = kl_to_standard_normal(mean, log_variance).mean()
+        beta = self.beta * min(1.0, batch.seen / self.warmup) if self.warmup else self.beta
+        dims = batch.image[0].numel()
+        losses = {"loss": (beta * kl - fit) / dims, "kl": kl.detach(), "fit": fit.detach()}
+        if self.likelihood == "gaussian":
+            losses["sigma"] = self.log_sigma.detach().exp()
+        return losses
+
+    def _posterior(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(image, label).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-12, 8)
+
+    def _log_likelihood(self, image: Tensor, latent: Tensor, label: Tensor) -> Tensor:
+        output = self.decoder(latent, label).float()
+        if self.likelihood == "gaussian":
+            return gaussian_log_prob(image, output, self.log_sigma)
+        return bernoulli_log_prob(image, output)
+
+    def _bound(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
+        """Log p(x | z) + log p(z) - log q(z | x) at the z that `noise` (B, D) makes."""
+        mean, log_variance = self._posterior(image, label)
+        latent = mean + (0.5 * log_variance).exp() * noise
+        ratio = 0.5 * (noise.square() + log_variance - latent.square()).sum(1)
+        return self._log_likelihood(image, latent, label) + ratio
+
+    @torch.no_grad()
+    def log_prob(self, image: Tensor, label: Tensor | None = None, draws: int = 16) -> Tensor:
+        """Bound log p(image), or log p(image | label), from below, in nats (B,).
+
+        The importance-weighted bound of Burda et al. (2016), "Importance Weighted Autoencoders",
+        equation 8; it tightens with `draws`. The noise is fixed: the same image, the same number.
+        """
+        rng = Rng(torch.zeros(len(image), dtype=torch.int64), image.device)
+        if label is not None or not self.classes:
+            rows = [one_hot(label, self.classes, len(image), image.device)]
+        else:
+            rows = [self._row(k, image) for k in range(self.classes)]
+        bounds = [
+            self._bound(image, row, rng.normal(self.latent)) for row in rows for _ in range(draws)
+        ]
+        return torch.stack(bounds).logsumexp(0) - math.log(len(bounds))
+
+    def _row(self, label: int, image: Tensor) -> Tensor:
+        return one_hot(image.new_full((len(image),), label), self.classes, len(image), image.device)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to (B, D + K): the mean latent, then the likeliest class."""
+        rows = [self._row(k, image) for k in range(self.classes)] or [image.new_zeros(len(image), 0)]
+        quiet = image.new_zeros(len(image), self.latent)
+        bounds = torch.stack([self._bound(image, row, quiet) for row in rows])  # (K or 1, B)
+        best = bounds.argmax(0)
+        label = torch.stack(rows)[best, torch.arange(len(image), device=image.device)]
+        return torch.cat([self._posterior(image, label)[0], label], dim=1)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map (B, D + K), latents and class shares, to the mean images (B, C, H, W)."""
+        output = self.decoder(latent[:, : self.latent], latent[:, self.latent :]).float()
+        return output.clamp(-1, 1) if self.likelihood == "gaussian" else (output / 2).tanh()
+
+    def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
+        """Draw latents and return the mean image of each.
+
+        Args:
+            condition: its label, where the model knows classes.
+            rng: one stream per image.
+            temperature: scale of the latents; below 1, more typical images of fewer kinds.
+        """
+        label = one_hot(condition.label, self.classes, condition.count, rng.device)
+        return self.decode(torch.cat([temperature * rng.normal(self.latent), label], dim=1))
