@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Condition:
         """Return the same condition with its tensors on `device`."""
-        fields = {
+        fields: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name).to(device)
             for name in ("label", "attributes", "source", "embedding")
         }

@@ -16,7 +16,7 @@ from torch import Tensor
 from trilemma import checkpoint, device, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.errors import UserError
-from trilemma.model import Model
+from trilemma.model import Generator, Model
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,18 @@ class Trained:
         """Whether the model was trained with class labels."""
         return bool(recipe.find(self.recipe["model"], "classes"))
 
+    def _generator(self) -> Generator:
+        if not isinstance(self.model, Generator):
+            raise UserError(f"{self.name} draws no pictures: it is a {type(self.model).__name__}")
+        return self.model
+
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the complete sampling options: the recipe's defaults, then `given`.
 
         Raises:
             UserError: an option that this family's `sample` does not have.
         """
-        parameters = inspect.signature(self.model.sample).parameters
+        parameters = inspect.signature(self._generator().sample).parameters
         accepted = [name for name in parameters if name not in ("condition", "rng")]
         chosen = {**self.sample_defaults, **{k: v for k, v in given.items() if v is not None}}
         for name in chosen:
@@ -117,7 +122,7 @@ class Trained:
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
             with torch.inference_mode(), device.autocast(dtype, where):
-                images = self.model.sample(Condition(count, label=part), rng, **chosen)
+                images = self._generator().sample(Condition(count, label=part), rng, **chosen)
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
             yield to_uint8(images).cpu()

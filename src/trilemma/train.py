@@ -189,8 +189,9 @@ def train(
     model: Model = recipe.build(spec["model"])
     if init is not None:
         start_from(model, sample.load(init, "cpu").model, str(init))
-    last = device.channels_last(where, device.dtype(settings.precision, where))
-    model.to(where, memory_format=torch.channels_last if last else torch.preserve_format)
+    model.to(where)
+    if device.channels_last(where, device.dtype(settings.precision, where)):
+        model.to(memory_format=torch.channels_last)
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
     if resume:
@@ -279,9 +280,14 @@ class Run:
             for phase in self.phases:
                 for module in phase.modules:
                     device.maybe_compile(module, settings.compile, self.where)
-            share = {"flip": flip, "rank": self.rank, "world": world}
             stream = batches(
-                self.data, settings.batch, seed=self.seed, start=progress.seen, **share
+                self.data,
+                settings.batch,
+                seed=self.seed,
+                start=progress.seen,
+                flip=flip,
+                rank=self.rank,
+                world=world,
             )
             self._loop(log, stream, probe, probes)
         finally:
@@ -330,8 +336,8 @@ class Run:
             mark = now
             done = length.done(progress)
 
-            due = progress.step % settings.log_every == 0 or done >= 1.0
-            if due or time.monotonic() - shown_at > SHOW_EVERY:
+            write = progress.step % settings.log_every == 0 or done >= 1.0
+            if write or time.monotonic() - shown_at > SHOW_EVERY:
                 shown_at = time.monotonic()
                 rate = (progress.seen - started_seen) / max(progress.elapsed - started_at, 1e-9)
                 line = {
@@ -339,12 +345,12 @@ class Run:
                     "images_per_second": rate,
                     **{key: float(value) for key, value in told.items()},
                 }
-                if due:
+                if write:
                     log.write(line)
                 here = max(done - length.done(Progress(0, started_seen, started_at)), 1e-9)
                 log.show(done, line, (progress.elapsed - started_at) * (1 - done) / here)
-            due = time.monotonic() - saved_at > settings.save_every or done >= 1.0 or stop
-            if due and not bad_in_row:  # what led to trouble is not a good state
+            due = time.monotonic() - saved_at > settings.save_every
+            if (due or done >= 1.0 or stop) and not bad_in_row:  # trouble is no good state
                 self.save()
                 saved_at = time.monotonic()
             if stop:
@@ -475,8 +481,12 @@ class Run:
                 "optimizers", {k: o.state_dict() for k, o in self.optimizers.items()}, tensors
             ),
         }
-        about = {"recipe": self.spec, "data": self._data(), "progress": asdict(self.progress)}
-        about["trilemma"] = __version__
+        about = {
+            "trilemma": __version__,
+            "recipe": self.spec,
+            "data": self._data(),
+            "progress": asdict(self.progress),
+        }
         checkpoint.write(
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
         )

@@ -1,0 +1,145 @@
+"""The command line as a user meets it: output, errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import typer
+from PIL import Image
+
+from trilemma import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in this process; return (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trilemma", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), count=60)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    from trilemma.training import train
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train("ddpm", folder, out=out, steps=2, overrides=tiny.overrides("ddpm"), quiet=True)
+    return out
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['trilemma', '--help']\nimport trilemma.cli as c\n"
+    code += "try: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["", "models", "train", "sample", "evaluate", "compare", "data"])
+def test_every_help_reads(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_models(run):
+    code, out, _ = run("models", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {"ddpm", "quick-gan"} <= {row["name"] for row in rows}
+    assert all({"family", "paper", "needs", "parameters", "summary"} <= row.keys() for row in rows)
+    code, out, _ = run("models")
+    assert code == 0 and "quick-diffusion" in out
+
+
+def test_train_and_sample(run, folder, tmp_path):
+    sets = [word for change in tiny.overrides("ddpm") for word in ("--set", change)]
+    more = ["--data", folder, "--out", tmp_path / "run", "--steps", "2", *sets]
+    code, out, err = run("train", "ddpm", *more, "--json")
+    assert code == 0, err
+    assert json.loads(out)["step"] == 2
+    code, _, err = run("train", "ddpm", *more)
+    assert code == 1 and "already holds a run" in err and "Traceback" not in err
+    code, out, _ = run("train", "ddpm", *more, "--resume", "--json")
+    assert code == 0 and json.loads(out)["step"] == 2
+
+
+def test_pictures_carry_their_recipe(run, trained, tmp_path):
+    out = tmp_path / "pictures"
+    arguments = ["-n", 3, "--seed", 5, "--label", "class1", "--steps", 2, "--solver", "ddim"]
+    code, text, err = run("sample", trained, *arguments, "--out", out, "--json")
+    assert code == 0, err
+    told = json.loads(text)
+    assert len(told["images"]) == 3 and told["grid"].endswith("grid.png")
+    picture = Image.open(told["images"][2])
+    facts = json.loads(picture.info["trilemma"])
+    assert facts["seed"] == 7 and facts["label"] == "class1" and facts["sample"]["steps"] == 2
+    assert facts["recipe"]["model"]["type"] == "models.diffusion.Diffusion"
+    assert "Seed: 7" in picture.info["parameters"] and "Sampler: ddim" in picture.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--label", "cat"], "no class 'cat'"),
+        (["--solver", "dimm"], "expected one of ddpm"),
+        (["--option", "stepps=3"], "did you mean 'steps'"),
+    ],
+)
+def test_wrong_values_fail_with_one_message(run, trained, tmp_path, arguments, told):
+    code, out, err = run("sample", trained, "--out", tmp_path / "x", *arguments)
+    assert code == 1 and told in err and out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["train", "ddpm"],
+        ["train", "ddpm", "--data", "fashion", "--budget", "soon"],
+        ["train", "ddpm", "--data", "fashion", "--images", "many"],
+        ["sample", "x", "--out", "y", "--steps", "0"],
+        ["sample", "x", "--out", "y", "--option", "steps"],
+    ],
+)
+def test_wrong_use_exits_with_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and err
+
+
+def test_missing_things_are_named(run, tmp_path):
+    code, _, err = run("train", "ddpmm", "--data", "fashion")
+    assert code == 1 and "did you mean 'ddpm'" in err
+    code, _, err = run("sample", tmp_path / "none", "--out", tmp_path)
+    assert code == 1 and "does not exist" in err
+    code, _, err = run("train", "ddpm", "--data", tmp_path / "none")
+    assert code == 1 and "none" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    arguments = ["sample", str(tmp_path), "--out", str(tmp_path), "--debug"]
+    ours = subprocess.run([sys.executable, "-m", "trilemma", *arguments], capture_output=True)
+    assert ours.returncode == 1 and b"Traceback" in ours.stderr
+
+
+def test_lengths_are_read():
+    assert cli.duration("90") == cli.duration("90s") == cli.duration("1.5m") == 90
+    assert cli.duration("1h30m") == 5400
+    assert cli.number("500k") == 500_000 and cli.number("2M") == 2_000_000
+    for wrong in ("", "m", "10x"):
+        with pytest.raises(typer.BadParameter):
+            cli.duration(wrong)
