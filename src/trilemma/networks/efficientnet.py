@@ -28,31 +28,31 @@ _EPSILON = 1e-3
 _SPATIAL_STAGE = 4  # the last at stride 16: 112 channels
 
 
-class _Same(nn.Conv2d):
-    """A convolution padded as TensorFlow's "SAME" does: the odd pixel goes right and below."""
+class _Conv(nn.Conv2d):
+    """A convolution padded as at the network's native 224 pixels, whatever the input's size.
+
+    There TensorFlow's "SAME" rule puts a strided convolution's odd pixel right and below. The
+    published PyTorch module keeps those paddings at all sizes, and features are to equal its own.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
-        # With stride 1 the padding is even on both sides and the convolution does it itself.
         padding = (kernel - 1) // 2 if stride == 1 else 0
         super().__init__(inputs, outputs, kernel, stride, padding, groups=groups)
+        before = (kernel - 2) // 2  # for stride 2
+        after = kernel - 2 - before
+        self.around = (before, after, before, after) if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, kernel = self.stride[0], self.kernel_size[0]
-        if stride > 1:
-            high, wide = (
-                max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[2:]
-            )
-            x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
-        return super().forward(x)
+        return super().forward(x if self.around is None else F.pad(x, self.around))
 
 
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
         inner = inputs * expand
-        self.expand = _Same(inputs, inner, 1, 1, 1) if expand > 1 else None
-        self.depthwise = _Same(inner, inner, kernel, stride, inner)
-        self.project = _Same(inner, outputs, 1, 1, 1)
+        self.expand = _Conv(inputs, inner, 1, 1, 1) if expand > 1 else None
+        self.depthwise = _Conv(inner, inner, kernel, stride, inner)
+        self.project = _Conv(inner, outputs, 1, 1, 1)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _Same(3, 32, 3, 2, 1)
+        self.stem = _Conv(3, 32, 3, 2, 1)
         self.stages = nn.ModuleList()
         channels = 32
         for repeats, kernel, stride, expand, outputs in _STAGES:
@@ -77,7 +77,7 @@ class EfficientNetLite0(nn.Module):
             blocks += [_Block(outputs, outputs, kernel, 1, expand) for _ in range(repeats - 1)]
             self.stages.append(nn.Sequential(*blocks))
             channels = outputs
-        self.head = _Same(channels, 1280, 1, 1, 1)
+        self.head = _Conv(channels, 1280, 1, 1, 1)
         self.classify = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
