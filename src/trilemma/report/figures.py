@@ -215,7 +215,7 @@ def lines(
     for place, (_, name, css) in zip(
         spread([e[0] for e in ends], 18, top, height - bottom), ends, strict=True
     ):
-        shown = name if len(name) <= 16 else name[:15] + "…"
+        shown = name if len(name) <= 15 else name[:12] + "…"
         parts.append(
             f'<text class="end {css}" x="{width - right + 9}" y="{place + 4.5:.1f}">'
             f"{escape(shown)}</text>"

@@ -44,10 +44,9 @@ def save(report: Mapping[str, Any], path: Path) -> None:
         f" and speed on log scales; the quality corner is what real pictures score ({floor:.0f}).",
         ha="center", va="bottom", fontsize=8.5, color=_MUTED,
     )  # fmt: skip
-    figure.subplots_adjust(
-        left=0.02, right=0.98, wspace=0.05, hspace=0.12,
-        top=1 - (0.75 + 0.25 * title.count("\n")) / figure.get_figheight(), bottom=0.45 / figure.get_figheight(),
-    )  # fmt: skip
+    top = 1 - (0.75 + 0.25 * title.count("\n")) / figure.get_figheight()
+    bottom = 0.45 / figure.get_figheight()
+    figure.subplots_adjust(left=0.02, right=0.98, wspace=0.05, hspace=0.12, top=top, bottom=bottom)
     figure.savefig(path, facecolor=_PAPER, metadata={"Title": report["title"]})
 
 

@@ -27,10 +27,10 @@ def save(images: Tensor, columns: int, path: Path, *, lead: bool = False) -> Non
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     large = large.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (N, H, W, 3)
     opaque = torch.full((*large.shape[:3], 1), 255, dtype=torch.uint8)
-    large = torch.cat([large, opaque], dim=3).numpy()
+    tiles = torch.cat([large, opaque], dim=3).numpy()
     size = (rows * (height + gap) - gap, columns * (width + gap) - gap + apart, 4)
     sheet = np.zeros(size, dtype=np.uint8)
-    for i, image in enumerate(large):
+    for i, image in enumerate(tiles):
         row, column = divmod(i, columns)
         top, left = row * (height + gap), column * (width + gap) + (apart if column else 0)
         sheet[top : top + height, left : left + width] = image
