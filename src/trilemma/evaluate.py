@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from trilemma.metrics.features import Images, lite0
+from trilemma.metrics.features import Images, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 
 
 def frechet(images: Images, reference: Images) -> float:
     """Return FD-Lite0 between two sets of uint8 images (N, C, H, W)."""
-    extractor = lite0()
-    a, b = (statistics(extractor(each).pooled) for each in (images, reference))
+    see = extractor("lite0")
+    a, b = (statistics(see(each).pooled) for each in (images, reference))
     return frechet_distance(a, b)

