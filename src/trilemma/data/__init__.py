@@ -1,18 +1,24 @@
-"""Pictures in any layout to training batches."""
+"""Pictures in any layout to training batches: load, batches, check.
+
+`load` takes a name or a path and returns a Dataset; `batches` turns it into the endless training
+stream; `check` says what is in a folder and which of its files cannot be used.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ImageColor
 
+from trilemma.data.cache import Settings, open_cache
+from trilemma.data.check import check, describe
 from trilemma.data.dataset import Dataset, batches
-from trilemma.data.named import FASHION_CLASSES, PACKAGED, read_idx
+from trilemma.data.named import NAMES, find
 from trilemma.errors import UserError
 
-__all__ = ["Dataset", "batches", "load"]
+__all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load"]
 
 
 def load(
@@ -24,25 +30,71 @@ def load(
     channels: int | None = None,
     background: str = "white",
 ) -> Dataset:
-    """Load a data set (first version: fashion and fashion-mnist only)."""
-    prefixes = {
-        "fashion": f"{PACKAGED}/fashion-",
-        "fashion-mnist": "/usr/share/datasets/fashion-mnist/",
-    }
-    if str(source) not in prefixes:
-        raise UserError(f"{source}: not known yet")
-    prefix = prefixes[str(source)]
-    parts = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[split]
-    images = np.concatenate([read_idx(Path(f"{prefix}{p}-images-idx3-ubyte.gz")) for p in parts])
-    label = np.concatenate([read_idx(Path(f"{prefix}{p}-labels-idx1-ubyte.gz")) for p in parts])
-    side = -(-(size or images.shape[1]) // multiple) * multiple
-    if side != images.shape[1]:
-        lanczos = Image.Resampling.LANCZOS
-        images = np.stack(
-            [np.asarray(Image.fromarray(i).resize((side, side), lanczos)) for i in images]
-        )
-    images = np.repeat(images[:, None], channels or 1, axis=1)
-    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    """Load pictures, decoded once and memory-mapped from then on.
+
+    Args:
+        source: a name (fashion, emoji, fashion-mnist, mnist, cifar10, celeba, hf:owner/name; the
+            files of fashion-mnist, mnist, cifar10 and celeba may be given as NAME:FOLDER), or the
+            path of a folder or zip of pictures. A folder named as a data set is given as ./NAME.
+        split: "train", "test" or "all". Pictures for validation are for testing where there are
+            none for testing, and otherwise in "all" alone.
+        size: side of the square pictures. None: their own size when all are squares of one size up
+            to 64, else 64.
+        multiple: the side is rounded up to a multiple of this.
+        channels: 1 or 3. None: 1 when no picture has colour, else 3.
+        background: what shows through transparent parts: a colour's name or #rrggbb.
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split is {split!r}; expected train, test or all")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels is {channels}; expected 1 or 3")
+    if (size is not None and size < 1) or multiple < 1:
+        raise ValueError(f"size {size} and multiple {multiple} should be positive")
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise UserError(f"{background!r} is no colour; expected a name or #rrggbb") from None
+    found = find(source)
+    folder = open_cache(found, Settings(size, multiple, channels, background))
+    return _open(folder, str(source), split)
+
+
+def _open(folder: Path, name: str, split: str) -> Dataset:
+    """Return one split of the cache in `folder`."""
+    meta = json.loads((folder / "meta.json").read_text())
+    rows = _rows(meta["counts"], split)
+    source_rows = _rows(meta["source_counts"], split)
+    if rows.start == rows.stop:
+        counts = ", ".join(f"{count} {part}" for part, count in meta["counts"].items())
+        raise UserError(f"{name} has no pictures in its split {split!r} (it has {counts})")
+
+    def array(file: str, part: slice) -> np.ndarray | None:
+        path = folder / file
+        return np.load(path, mmap_mode="r")[part] if path.exists() else None
+
+    images = array("images.npy", rows)
+    assert images is not None
+    label, attributes = array("label.npy", rows), array("attributes.npy", rows)
+    text = folder / "text.json"
     return Dataset(
-        str(source), split, digest, images, label.astype(np.int64), list(FASHION_CLASSES)
+        name=name,
+        split=split,
+        fingerprint=f"{folder.name}-{split}",
+        images=images,
+        label=None if label is None else np.array(label),
+        label_names=meta["label_names"],
+        attributes=None if attributes is None else np.array(attributes),
+        attribute_names=meta["attribute_names"],
+        text=json.loads(text.read_text())[rows] if text.exists() else None,
+        source=array("source.npy", source_rows),
     )
+
+
+def _rows(counts: dict[str, int], split: str) -> slice:
+    """Return the rows of a split; they lie in the order train, valid, test."""
+    train, valid, test = counts["train"], counts["valid"], counts["test"]
+    if split == "all":
+        return slice(0, train + valid + test)
+    if split == "train":
+        return slice(0, train)
+    return slice(train + valid, train + valid + test) if test else slice(train, train + valid)

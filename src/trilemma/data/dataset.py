@@ -165,7 +165,8 @@ class _Order:
 
 def _hash(seed: int, purpose: int, values: np.ndarray) -> np.ndarray:
     """Return 64 well-mixed bits for each of `values`, a function of (seed, purpose, value)."""
-    state = _mix(np.uint64([(seed + purpose * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF]))
+    start = (seed + purpose * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    state = _mix(np.array([start], np.uint64))
     return _mix(state + values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 

@@ -1,0 +1,298 @@
+"""The memory-mapped uint8 cache: every picture is decoded once for each setting.
+
+    $XDG_CACHE_HOME/trilemma/data/            (~/.cache when unset; may be deleted at any time)
+        index/<signature and settings>.json   -> the key
+        <key>/                                images.npy source.npy label.npy attributes.npy
+                                              text.json meta.json files.json
+
+The signature is made of names, sizes and times, so a changed folder is noticed without reading it.
+The key is a hash of the files' contents, of all that is known of them and of the settings, so a
+folder that was only moved or touched is not decoded again. A cache is written under a temporary
+name and then renamed: readers see all of it or nothing, and of two processes that build the same
+cache the second finds the first one's.
+
+Where nothing names a picture's split, its content does: a picture is for testing when the first 8
+bytes of its file's SHA-256, as a fraction of 2**64, are below 0.1. Adding pictures moves no other,
+equal files fall on the same side, and when that leaves no picture (or nothing else) for testing,
+the one with the smallest hash is. Rows lie in the order train, valid, test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trilemma.data.decode import Header, decode, read_header
+from trilemma.data.listing import Item, Listing, Source, Unusable
+from trilemma.errors import UserError
+
+VERSION = 1  # of the decoding rule and the files
+TEST_SHARE = 0.1
+NATIVE_LIMIT = 64
+_WINDOW, _HANDFUL = 1024, 16  # pictures in flight, and dealt to a thread: bound the memory
+_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pixels depend on besides the files."""
+
+    size: int | None
+    multiple: int
+    channels: int | None
+    background: str
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A picture whose header could be read."""
+
+    item: Item
+    digest: str
+    header: Header
+
+
+def cache_root() -> Path:
+    """Return the package's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trilemma"
+
+
+def open_cache(source: Source, settings: Settings) -> Path:
+    """Return the folder of the decoded pictures of `source`, building it when it is not there."""
+    root = cache_root() / "data"
+    asked = json.dumps([VERSION, source.signature, asdict(settings)])
+    index = root / "index" / f"{_hash(asked)}.json"
+    try:
+        folder = root / json.loads(index.read_text())["key"]
+        if (folder / "meta.json").exists():
+            return folder
+    except (OSError, ValueError, KeyError):
+        pass  # not indexed yet, or the index is damaged: built below
+    try:
+        return _build(source, settings, root, index)
+    except OSError as error:
+        raise UserError(
+            f"the cache in {root} cannot be written: {error.strerror or error}; "
+            "set XDG_CACHE_HOME to a folder with room"
+        ) from None
+
+
+def _build(source: Source, settings: Settings, root: Path, index: Path) -> Path:
+    (root / "index").mkdir(parents=True, exist_ok=True)
+    listing = source.listing()
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        scanned, unusable = _scan(source, listing, pool)
+        side = _side(scanned, settings)
+        key = _key(listing, scanned, unusable, settings, side)
+        if not (root / key / "meta.json").exists():
+            draft = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
+            try:
+                _write(source, listing, scanned, unusable, settings, side, pool, draft)
+                _move(draft, root / key)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    draft_index = index.with_suffix(f".{os.getpid()}")
+    draft_index.write_text(json.dumps({"key": key, "name": source.name}))
+    draft_index.replace(index)
+    return root / key
+
+
+def _move(draft: Path, folder: Path) -> None:
+    """Rename `draft` to `folder`, unless another process has been faster."""
+    os.chmod(draft, 0o755)  # mkdtemp's folders are the owner's alone
+    try:
+        draft.rename(folder)
+    except OSError:
+        if (folder / "meta.json").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # someone deleted a part of it
+        draft.rename(folder)
+
+
+def _scan(
+    source: Source, listing: Listing, pool: ThreadPoolExecutor
+) -> tuple[list[Scanned], dict[str, str]]:
+    """Read every file once: its digest and header, or the reason it cannot be used."""
+
+    def look(item: Item) -> Scanned | str:
+        try:
+            content = source.read(item.path)
+            return Scanned(item, _digest(content), read_header(content))
+        except Unusable as error:
+            return str(error)
+
+    good, bad = [], dict(listing.unusable)
+    for item, result in zip(listing.items, _in_order(pool, look, listing.items), strict=True):
+        if isinstance(result, Scanned):
+            good.append(result)
+        else:
+            bad[item.path] = result
+    return good, bad
+
+
+def _digest(content: bytes | np.ndarray) -> str:
+    raw = content if isinstance(content, bytes) else content.tobytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Any, things: list[Any]) -> Iterator[Any]:
+    """Yield `function` of each thing, dealt out in handfuls to save hand-overs."""
+
+    def several(some: list[Any]) -> list[Any]:
+        return [function(thing) for thing in some]
+
+    for start in range(0, len(things), _WINDOW):
+        window = things[start : start + _WINDOW]
+        handfuls = [window[k : k + _HANDFUL] for k in range(0, len(window), _HANDFUL)]
+        for results in pool.map(several, handfuls):
+            yield from results
+
+
+def _side(scanned: list[Scanned], settings: Settings) -> int:
+    """Return the side of the decoded pictures."""
+    side = settings.size
+    if side is None:
+        sizes = {(s.header.width, s.header.height) for s in scanned}
+        width, height = sizes.pop() if len(sizes) == 1 else (0, -1)
+        side = width if width == height <= NATIVE_LIMIT else NATIVE_LIMIT
+    return -(-side // settings.multiple) * settings.multiple
+
+
+def _key(
+    listing: Listing,
+    scanned: list[Scanned],
+    unusable: dict[str, str],
+    settings: Settings,
+    side: int,
+) -> str:
+    record: list[Any] = [VERSION, side, settings.channels, settings.background, listing.layout]
+    record += [
+        listing.label_names,
+        listing.attribute_names,
+        listing.notes,
+        sorted(unusable.items()),
+    ]
+    digest = hashlib.sha256(json.dumps(record).encode())
+    for s in scanned:
+        i = s.item
+        line = [i.path, i.split, i.label, i.text, i.attributes, i.domain, s.digest]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(
+    source: Source,
+    listing: Listing,
+    scanned: list[Scanned],
+    unusable: dict[str, str],
+    settings: Settings,
+    side: int,
+    pool: ThreadPoolExecutor,
+    folder: Path,
+) -> None:
+    """Decode the pictures and write everything into `folder`."""
+
+    def pixels(one: Scanned) -> np.ndarray | str:
+        try:
+            content = source.read(one.item.path)
+            return decode(content, side, settings.background, grey=settings.channels == 1)
+        except Unusable as error:
+            return str(error)
+
+    kept: list[Scanned] = []
+    grey = settings.channels != 3
+    # The order and the channels are known when all is decoded: first 3 channels in reading order.
+    raw = folder / "raw"
+    with raw.open("wb") as stream:
+        for one, result in zip(scanned, _in_order(pool, pixels, scanned), strict=True):
+            if isinstance(result, str):
+                unusable[one.item.path] = result
+                continue
+            grey = grey and len(result) == 1
+            stream.write(np.broadcast_to(result, (3, side, side)).tobytes())
+            kept.append(one)
+    wanted = [one for one in kept if one.item.domain == "image"]
+    if not wanted:
+        raise UserError(_all_unusable(source, unusable))
+    splits = _splits(kept)
+    rank = {one.item.path: _SPLITS.index(split) for one, split in zip(kept, splits, strict=True)}
+    order = sorted(range(len(kept)), key=lambda row: rank[kept[row].item.path])
+    images = [row for row in order if kept[row].item.domain == "image"]
+    others = [row for row in order if kept[row].item.domain == "source"]
+    shape = (1 if grey else 3, side, side)
+    _gather(raw, images, shape, folder / "images.npy")
+    if others:
+        _gather(raw, others, shape, folder / "source.npy")
+    raw.unlink()
+    rows = [kept[row].item for row in images]
+    if listing.label_names:
+        number = {name: k for k, name in enumerate(listing.label_names)}
+        np.save(folder / "label.npy", np.array([number[str(r.label)] for r in rows], np.int64))
+    if listing.attribute_names:
+        np.save(folder / "attributes.npy", np.array([r.attributes for r in rows], np.uint8))
+    if any(row.text for row in rows):
+        (folder / "text.json").write_text(json.dumps([row.text for row in rows]))
+    files = [
+        {"path": one.item.path, "sha256": one.digest, "split": split, "label": one.item.label,
+         "domain": one.item.domain, **asdict(one.header)}
+        for one, split in zip((kept[r] for r in order), (splits[r] for r in order), strict=True)
+    ]  # fmt: skip
+    (folder / "files.json").write_text(json.dumps(files))
+    count = {s: sum(rank[row.path] == k for row in rows) for k, s in enumerate(_SPLITS)}
+    other = {s: sum(rank[kept[r].item.path] == k for r in others) for k, s in enumerate(_SPLITS)}
+    meta = {
+        "container": source.container,
+        "layout": listing.layout,
+        "shape": shape,
+        "counts": count,
+        "source_counts": other,
+        "split_rule": "given" if any(r.split for r in rows) else "by content",
+        "label_names": listing.label_names,
+        "attribute_names": listing.attribute_names,
+        "notes": listing.notes,
+        "unusable": unusable,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _all_unusable(source: Source, unusable: dict[str, str]) -> str:
+    first = "; ".join(f"{path}: {reason}" for path, reason in list(unusable.items())[:3])
+    return f"none of the {len(unusable)} picture files of {source.name} can be used: {first}"
+
+
+def _splits(kept: list[Scanned]) -> list[str]:
+    """Return the split of each picture, by content where nothing names it."""
+    if any(one.item.split for one in kept):
+        return [one.item.split or "train" for one in kept]
+    digests = {one.digest for one in kept}
+    test = {d for d in digests if int(d[:16], 16) < TEST_SHARE * 2**64}
+    if not test or test == digests:
+        test = {min(digests)} if len(digests) > 1 else set()
+    return ["test" if one.digest in test else "train" for one in kept]
+
+
+def _gather(raw: Path, rows: list[int], shape: tuple[int, int, int], target: Path) -> None:
+    """Write the pictures `rows` of the file `raw`, in that order and shape, as `target`."""
+    channels, side, _ = shape
+    pictures = np.memmap(raw, np.uint8, "r").reshape(-1, 3, side, side)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
+    with target.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for start in range(0, len(rows), _WINDOW):
+            stream.write(pictures[rows[start : start + _WINDOW], :channels].tobytes())
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]

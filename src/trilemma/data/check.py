@@ -1,0 +1,226 @@
+"""What a collection of pictures holds, and what is wrong with it.
+
+Exact duplicates share their file's SHA-256. Near duplicates share a difference hash: the picture
+averaged to 9 x 8 cells of grey, one bit for each pair of horizontal neighbours (64 bits), and
+differ by less than 4 of 255 grey levels a cell on average, so that flat pictures are not taken for
+one another. They are looked for among the decoded pictures; mirrored or cut copies are not found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trilemma.data.cache import NATIVE_LIMIT, TEST_SHARE, Settings, cache_root, open_cache
+from trilemma.data.listing import suffix
+from trilemma.data.named import find
+
+FEW = 500
+SUFFIXES = {
+    "JPEG": {".jpg", ".jpeg", ".jfif"}, "PNG": {".png"}, "WEBP": {".webp"}, "GIF": {".gif"},
+    "BMP": {".bmp"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm"}, "AVIF": {".avif"},
+}  # fmt: skip
+_NEAR_LEVELS = 4.0
+_LISTED = 20
+
+
+def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
+    """Decode everything in `path` (as `load` would) and report on it.
+
+    Args:
+        path: what `load` takes.
+        size: the side the pictures are to be trained at; None: as `load` chooses.
+
+    Returns a dictionary of plain values that JSON can hold.
+    """
+    source = find(path)
+    folder = open_cache(source, Settings(size, 1, None, "white"))
+    meta = json.loads((folder / "meta.json").read_text())
+    files = json.loads((folder / "files.json").read_text())
+    pictures = [file for file in files if file["domain"] == "image"]
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    text = folder / "text.json"
+    captions = sum(bool(t) for t in json.loads(text.read_text())) if text.exists() else 0
+    exact = _groups([file["sha256"] for file in pictures])
+    duplicates = [[pictures[row]["path"] for row in group] for group in exact]
+    near = [
+        [pictures[row]["path"] for row in group]
+        for group in _near_duplicates(images)
+        if len({pictures[row]["sha256"] for row in group}) > 1
+    ]
+    report: dict[str, Any] = {
+        "source": str(path),
+        "container": meta["container"],
+        "layout": meta["layout"],
+        "pictures": len(pictures),
+        "source_pictures": len(files) - len(pictures),
+        "unusable": [{"path": p, "reason": r} for p, r in sorted(meta["unusable"].items())],
+        "shape": meta["shape"],
+        "sizes": _counts(f"{file['width']}x{file['height']}" for file in files),
+        "modes": _counts(file["mode"] for file in files),
+        "formats": _counts(file["format"] for file in files),
+        "mislabelled": [
+            {"path": file["path"], "format": file["format"]}
+            for file in files
+            if suffix(file["path"]) not in SUFFIXES.get(file["format"], {suffix(file["path"])})
+        ],
+        "classes": _classes(pictures, meta["label_names"]),
+        "captions": captions,
+        "attributes": _attributes(folder, meta["attribute_names"]),
+        "splits": meta["counts"],
+        "source_splits": meta["source_counts"],
+        "split_rule": meta["split_rule"],
+        "exact_duplicates": duplicates,
+        "near_duplicates": near,
+        "notes": meta["notes"],
+        "cache": str(folder.relative_to(cache_root())),
+    }
+    report["warnings"] = _warnings(report, files)
+    report["advice"] = _advice(report)
+    return report
+
+
+def _counts(values: Any) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _classes(pictures: list[dict[str, Any]], names: list[str]) -> dict[str, int]:
+    counts = Counter(file["label"] for file in pictures)
+    return {name: counts[name] for name in names}
+
+
+def _attributes(folder: Path, names: list[str]) -> dict[str, int]:
+    """Return how many pictures have each attribute."""
+    if not names:
+        return {}
+    counts = np.load(folder / "attributes.npy").sum(0, dtype=np.int64)
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def _groups(keys: list[Any]) -> list[list[int]]:
+    """Return the rows that share a key, where several do."""
+    rows: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, []).append(row)
+    return [group for group in rows.values() if len(group) > 1]
+
+
+def _near_duplicates(images: np.ndarray) -> list[list[int]]:
+    """Return the rows of pictures that look alike."""
+    cells = np.concatenate(
+        [_cells(images[start : start + 4096]) for start in range(0, len(images), 4096)]
+    )  # (N, 8, 9)
+    bits = cells[:, :, 1:] > cells[:, :, :-1]
+    hashes = np.packbits(bits.reshape(len(bits), 64), axis=1).view(np.uint64)[:, 0]
+    found = []
+    for group in _groups(hashes.tolist()):
+        while len(group) > 1:  # those near the first, then the rest among themselves
+            far = np.abs(cells[group] - cells[group[0]]).mean((1, 2)) >= _NEAR_LEVELS
+            alike = [row for row, apart in zip(group, far, strict=True) if not apart]
+            if len(alike) > 1:
+                found.append(alike)
+            group = [row for row, apart in zip(group, far, strict=True) if apart]
+    return found
+
+
+def _cells(images: np.ndarray) -> np.ndarray:
+    """Average uint8 (N, C, S, S) to grey cells (N, 8, 9)."""
+    grey = images.mean(1, dtype=np.float32)  # (N, S, S)
+    side = grey.shape[-1]
+
+    def average(count: int) -> np.ndarray:
+        edges = np.linspace(0, side, count + 1)
+        pixel = np.arange(side)
+        overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+        overlap = np.clip(overlap, 0, None)
+        return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)  # (count, S)
+
+    return np.einsum("ij,njk,lk->nil", average(8), grey, average(9), optimize=True)
+
+
+def _warnings(report: dict[str, Any], files: list[dict[str, Any]]) -> list[str]:
+    found = []
+    count, side = report["pictures"], report["shape"][-1]
+    if report["unusable"]:
+        found.append(f"{len(report['unusable'])} files cannot be used")
+    if count < FEW:
+        found.append(f"only {count} pictures: a generator will repeat them rather than learn")
+    sizes = report["classes"].values()
+    if sizes and max(sizes) > 10 * max(1, min(sizes)):
+        found.append(f"unbalanced classes: from {min(sizes)} to {max(sizes)} pictures")
+    small = sum(min(file["width"], file["height"]) < side for file in files)
+    if small:
+        found.append(f"{small} pictures are smaller than {side} pixels and are enlarged")
+    ratios = [max(f["width"], f["height"]) / max(1, min(f["width"], f["height"])) for f in files]
+    cut = sum(ratio > 1.1 for ratio in ratios)
+    if cut:
+        found.append(f"{cut} pictures are not square: only their centre is used")
+    if report["mislabelled"]:
+        found.append(f"{len(report['mislabelled'])} files bear another format's suffix; used")
+    for kind in ("exact", "near"):
+        groups = report[f"{kind}_duplicates"]
+        if groups:
+            copies = sum(len(group) - 1 for group in groups)
+            found.append(f"{copies} {kind} duplicates of other pictures")
+    if not report["splits"]["test"] + report["splits"]["valid"]:
+        found.append("nothing is left for testing")
+    return found
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    found = []
+    if report["pictures"] < FEW:
+        found.append(
+            "gather at least some hundreds of pictures, better thousands; mirror them (flip)"
+        )
+    if report["near_duplicates"] and report["split_rule"] == "by content":
+        found.append("put near duplicates in one of train/ and test/, or scores look too good")
+    if report["shape"][-1] == NATIVE_LIMIT and len(report["sizes"]) > 1:
+        found.append("pictures are brought to 64 pixels by default: choose another with --size")
+    if not report["classes"] and not report["captions"] and not report["source_pictures"]:
+        found.append("sort the pictures into one folder for each class to train conditional models")
+    return found
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return the report as text for the terminal."""
+    splits = [f"{count} {name}" for name, count in report["splits"].items() if count]
+    rule = f"{TEST_SHARE:.0%} by the files' content" if report["split_rule"] != "given" else "given"
+    channels, side, _ = report["shape"]
+    kind = "grey" if channels == 1 else "colour"
+    lines = [
+        f"{report['source']}: {report['layout']}, {report['container']}",
+        f"  pictures    {report['pictures']} usable; {kind}, decoded to {side} x {side}",
+        f"  splits      {', '.join(splits)} ({rule})",
+    ]
+    if report["source_pictures"]:
+        lines.append(f"  source      {report['source_pictures']} pictures of the other domain")
+    for title in ("sizes", "modes", "formats", "classes", "attributes"):
+        if report[title]:
+            lines.append(f"  {title:<11} {_some(report[title])}")
+    if report["captions"]:
+        lines.append(f"  captions    {report['captions']}")
+    for kind in ("exact", "near"):
+        groups = report[f"{kind}_duplicates"]
+        if groups:
+            lines.append(f"  {kind} duplicates: {len(groups)} groups")
+            lines += [f"    {' = '.join(group[:5])}" for group in groups[:5]]
+    for file in report["mislabelled"][:_LISTED]:
+        lines.append(f"  {file['path']} is a {file['format']}")
+    if report["unusable"]:
+        lines.append(f"  cannot be used: {len(report['unusable'])}")
+        lines += [f"    {f['path']}: {f['reason']}" for f in report["unusable"]]
+    for title in ("notes", "warnings", "advice"):
+        lines += [f"  {title.rstrip('s')}: {line}" for line in report[title]]
+    # A file's name may hold bytes that are no text.
+    return "\n".join(lines).encode(errors="replace").decode()
+
+
+def _some(counts: dict[str, int]) -> str:
+    shown = [f"{name} ({count})" for name, count in list(counts.items())[:12]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,160 @@
+"""One picture file to uint8 pixels of the wanted size.
+
+The rule, the same for every picture: the first frame; turned as its EXIF orientation says; brought
+to 8 bits (16-bit grey is divided by 257, not clipped); transparent parts composed on the
+background; the largest centred square cut out; resized to the wanted side by Lanczos filtering,
+which is antialiased, after a reduction by whole numbers where the picture is more than 3 times too
+large. JPEGs far too large are decoded at a reduced size by the discrete cosine transform itself.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from trilemma.data.listing import Unusable
+
+MOST_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte of RGB
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+# What Pillow warns of (large pictures, odd EXIF) is checked here, or does no harm to the pixels.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its pixels are decoded."""
+
+    width: int
+    height: int
+    mode: str
+    format: str
+
+
+def read_header(content: bytes | np.ndarray) -> Header:
+    """Return the header of a picture; raises Unusable with the reason."""
+    image = _open(content)
+    return Header(*image.size, image.mode, image.format or "array")
+
+
+def decode(
+    content: bytes | np.ndarray, side: int, background: str, grey: bool = False
+) -> np.ndarray:
+    """Return the picture as uint8 (C, side, side).
+
+    C is 1 when `grey` asks for it or the picture has no colour, else 3. Raises Unusable.
+    """
+    image = _open(content)
+    try:
+        orientation = _orientation(image)
+        if image.format == "JPEG":
+            image.draft(None, (2 * side, 2 * side))  # decode at no less than twice the side
+        image = _eight_bits(image, background)
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+        if grey and image.mode != "L":
+            image = image.convert("L")
+        width, height = image.size
+        square = min(width, height)
+        left, top = (width - square) // 2, (height - square) // 2
+        box = (left, top, left + square, top + square)
+        if (width, height) != (side, side):
+            lanczos = Image.Resampling.LANCZOS
+            image = image.resize((side, side), lanczos, box=box, reducing_gap=3.0)
+    except Unusable:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise Unusable(f"truncated or damaged: {error}") from None
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        return pixels[None]
+    pixels = pixels.transpose(2, 0, 1)  # (3, side, side)
+    grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2])
+    return pixels[:1] if grey else pixels
+
+
+def _open(content: bytes | np.ndarray) -> Image.Image:
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
+    if not content:
+        raise Unusable("empty file (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Image.UnidentifiedImageError:
+        raise Unusable(f"not a picture: {_kind(content)}") from None
+    except Image.DecompressionBombError:
+        raise Unusable(f"decompression bomb: more than {2 * MOST_PIXELS:,} pixels") from None
+    except Exception as error:  # as in decode
+        raise Unusable(f"damaged header: {error}") from None
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise Unusable(
+            f"decompression bomb: {width} x {height} pixels, more than {MOST_PIXELS:,} in all"
+        )
+    return image
+
+
+def _kind(content: bytes) -> str:
+    """Say what a file that is no picture looks like."""
+    start = content[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "SVG or XML"
+    if b"ftyphei" in start or b"ftypmif1" in start:
+        return "HEIC (convert it to JPEG)"
+    if not any(content[:512]):
+        return "only zero bytes"
+    return f"starts with {content[:8]!r}"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF: the picture itself may be good
+        return 1
+
+
+def _eight_bits(image: Image.Image, background: str) -> Image.Image:
+    """Return `image` in mode L or RGB, without transparency."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_scaled(np.asarray(image)))
+    if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        page.alpha_composite(image)
+        return page.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Bring integers or floats of wider range to uint8.
+
+    16-bit integers keep their scale: 65535 is white. 32-bit integers that fit in 16 bits are taken
+    as 16-bit. Floats within [0, 1] keep that scale. Anything else is stretched from its least to
+    its greatest value.
+    """
+    if not np.isfinite(values).all():
+        raise Unusable("holds values that are not finite")
+    least, most = float(values.min()), float(values.max())
+    if values.dtype.kind in "iu" and least >= 0 and most <= 65535:
+        scale, offset = 257.0, 0.0
+    elif values.dtype.kind == "f" and least >= 0 and most <= 1:
+        scale, offset = 1 / 255, 0.0
+    else:
+        scale, offset = max(most - least, 1e-12) / 255, least
+    return np.rint((values.astype(np.float64) - offset) / scale).astype(np.uint8)
