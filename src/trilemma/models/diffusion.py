@@ -14,6 +14,7 @@ the Design Space of Diffusion-Based Generative Models", table 1.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -188,7 +189,7 @@ class Diffusion(Model):
             ValueError: an unknown solver or grid, an option that the solver does not have, fewer
                 than one step, or guidance of a model that cannot be guided.
         """
-        *_, image = self.sample_steps(
+        drawing = self.sample_steps(
             condition,
             rng,
             solver=solver,
@@ -198,7 +199,7 @@ class Diffusion(Model):
             eta=eta,
             variance=variance,
         )
-        return image
+        return deque(drawing, maxlen=1).pop()
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
