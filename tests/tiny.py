@@ -13,6 +13,10 @@ SIZE = 16
 
 # What makes a class small, by its path in a recipe. A new network adds its line here.
 SMALL: dict[str, dict] = {
+    "networks.dcgan.Generator": {"channels": 4},
+    "networks.dcgan.Critic": {"channels": 4},
+    "networks.convnet.Encoder": {"channels": 4},
+    "networks.convnet.Decoder": {"channels": 4},
     "networks.unet.UNet": {"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [8]},
 }
 

@@ -99,7 +99,8 @@ class AE(Model):
     def _remember(self, latent: Tensor) -> None:
         keep = 0.5 ** (len(latent) / self.halflife)
         self.first_moment.lerp_(latent.mean(0), 1 - keep)
-        self.second_moment.lerp_(latent.T @ latent / len(latent), 1 - keep)
+        # Not a matrix product: autocast would round it.
+        self.second_moment.lerp_((latent[:, :, None] * latent[:, None, :]).mean(0), 1 - keep)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - keep)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ class AE(Model):
         covariance = self.second_moment / weight - mean[:, None] * mean
         values, vectors = torch.linalg.eigh(covariance.float())
         root = vectors * values.clamp(min=0).sqrt()  # root root^T = covariance
-        noise = rng.normal(len(mean))
-        return self.decode(mean + temperature * (root @ noise[:, :, None])[:, :, 0])
+        noise = rng.normal(len(mean))  # (B, D)
+        return self.decode(mean + temperature * (root * noise[:, None, :]).sum(2))
 
 
 class VAE(Model):
@@ -206,9 +207,8 @@ class VAE(Model):
             rows = [one_hot(label, self.classes, len(image), image.device)]
         else:
             rows = [self._row(k, image) for k in range(self.classes)]
-        bounds = [
-            self._bound(image, row, rng.normal(self.latent)) for row in rows for _ in range(draws)
-        ]
+        noises = [rng.normal(self.latent) for _ in range(draws)]
+        bounds = [self._bound(image, row, noise) for row in rows for noise in noises]
         return torch.stack(bounds).logsumexp(0) - math.log(len(bounds))
 
     def _row(self, label: int, image: Tensor) -> Tensor:
@@ -216,7 +216,9 @@ class VAE(Model):
 
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to (B, D + K): the mean latent, then the likeliest class."""
-        rows = [self._row(k, image) for k in range(self.classes)] or [image.new_zeros(len(image), 0)]
+        rows = [self._row(k, image) for k in range(self.classes)] or [
+            image.new_zeros(len(image), 0)
+        ]
         quiet = image.new_zeros(len(image), self.latent)
         bounds = torch.stack([self._bound(image, row, quiet) for row in rows])  # (K or 1, B)
         best = bounds.argmax(0)

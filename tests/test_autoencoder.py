@@ -1,0 +1,256 @@
+"""AE and VAE: the KL and likelihoods against references, the bound's law, latents, sampling."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
+
+from trilemma.batch import Batch, Condition, Rng
+from trilemma.models.autoencoder import (
+    AE,
+    VAE,
+    bernoulli_log_prob,
+    gaussian_log_prob,
+    kl_to_standard_normal,
+)
+from trilemma.networks.convnet import Decoder, Encoder
+
+SHAPE = (1, 8, 8)
+
+
+def make(classes=0, latent=4, **options):
+    torch.manual_seed(0)
+    encoder = Encoder(SHAPE, 2 * latent, channels=8, classes=classes)
+    decoder = Decoder(SHAPE, latent, channels=8, classes=classes)
+    return VAE(encoder, decoder, latent, classes, **options)
+
+
+def batch(count=6, classes=0, seen=0):
+    label = torch.arange(count) % classes if classes else None
+    image = Rng(range(count)).uniform(*SHAPE) * 2 - 1
+    return Batch(image, Condition(count, label=label), seen, Rng(range(count)))
+
+
+def test_kl_is_the_closed_form_and_the_monte_carlo_mean():
+    mean, log_variance = torch.randn(2, 3, 5)
+    posterior = Normal(mean, (0.5 * log_variance).exp())
+    kl = kl_to_standard_normal(mean, log_variance)
+    assert torch.allclose(kl, kl_divergence(posterior, Normal(0.0, 1.0)).sum(1), atol=1e-5)
+    torch.manual_seed(0)
+    z = posterior.sample((40_000,))
+    ratio = (posterior.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(2)  # (S, 3)
+    error = ratio.std(0) / math.sqrt(len(z))
+    assert ((ratio.mean(0) - kl).abs() < 5 * error).all()
+    assert kl_to_standard_normal(torch.zeros(1, 5), torch.zeros(1, 5)) == 0
+
+
+def test_likelihoods_are_torchs():
+    image, output = torch.rand(3, *SHAPE) * 2 - 1, torch.randn(3, *SHAPE)
+    log_sigma = torch.tensor(-0.7)
+    expected = Normal(output, log_sigma.exp()).log_prob(image).flatten(1).sum(1)
+    assert torch.allclose(gaussian_log_prob(image, output, log_sigma), expected, rtol=1e-5)
+    binary = torch.where(image > 0, 1.0, -1.0)
+    expected = Bernoulli(logits=output).log_prob((binary + 1) / 2).flatten(1).sum(1)
+    assert torch.allclose(bernoulli_log_prob(binary, output), expected, rtol=1e-5)
+
+
+class LinearEncoder(nn.Module):
+    """q(z | x) = N(A x, diag): with the right A and variance, the exact posterior."""
+
+    def __init__(self, matrix, log_variance):
+        super().__init__()
+        self.matrix, self.log_variance = matrix, log_variance
+
+    def forward(self, image, label):
+        mean = image.flatten(1) @ self.matrix.T
+        return torch.cat([mean, self.log_variance.expand_as(mean)], dim=1)
+
+
+class LinearDecoder(nn.Module):
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, latent, label):
+        return (latent @ self.matrix.T).view(-1, 1, 2, 3)
+
+
+@pytest.fixture
+def linear():
+    """x = W z + sigma e with orthogonal columns: the posterior is a diagonal Gaussian."""
+    torch.manual_seed(1)
+    scale, sigma = torch.tensor([1.5, 0.4]), 0.3
+    weight = torch.linalg.qr(torch.randn(6, 2)).Q * scale
+    variance = sigma**2 / (sigma**2 + scale**2)
+    encoder = LinearEncoder((variance / sigma**2)[:, None] * weight.T, variance.log())
+    model = VAE(encoder, LinearDecoder(weight), latent=2)
+    model.log_sigma.data.fill_(math.log(sigma))
+    truth = MultivariateNormal(torch.zeros(6), weight @ weight.T + sigma**2 * torch.eye(6))
+    return model, truth
+
+
+def test_bound_is_the_likelihood_when_the_posterior_is_exact(linear):
+    model, truth = linear
+    image = truth.sample((5,)).view(5, 1, 2, 3)
+    expected = truth.log_prob(image.flatten(1))
+    assert torch.allclose(model.log_prob(image, draws=1), expected, atol=1e-4)
+    assert torch.allclose(model.log_prob(image, draws=8), expected, atol=1e-4)
+    rng = Rng(range(5))
+    loss = model.loss(Batch(image, Condition(5), 0, rng))
+    assert loss["fit"] - loss["kl"] == pytest.approx(-6 * loss["loss"].item(), rel=1e-4)
+
+
+def test_bound_lies_below_and_tightens_with_draws(linear):
+    """With a posterior too wide: below the truth on average, and nearer with more draws."""
+    model, truth = linear
+    model.encoder.log_variance = model.encoder.log_variance + 1.0
+    image = truth.sample((200,)).view(200, 1, 2, 3)
+    expected = truth.log_prob(image.flatten(1)).mean()
+    noise = torch.randn(200, 2)
+    one = model._bound(image, torch.zeros(200, 0), noise).mean()
+    many = model.log_prob(image, draws=1000).mean()
+    assert one < expected
+    assert abs(expected - many) < 0.1 * (expected - one)
+
+
+def test_log_prob_without_label_is_over_all_classes():
+    model = make(classes=3).eval()
+    image = batch().image
+    each = [model.log_prob(image, torch.full((6,), k), draws=1) for k in range(3)]
+    total = torch.stack(each).logsumexp(0) - math.log(3)
+    assert torch.allclose(model.log_prob(image, draws=1), total, atol=1e-3)
+
+
+def test_log_prob_does_not_depend_on_the_batch():
+    model = make().eval()
+    image = batch().image
+    assert torch.allclose(model.log_prob(image)[2:3], model.log_prob(image[2:3]), atol=1e-3)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_loss_does_not_depend_on_the_split(likelihood):
+    model = make(classes=3, likelihood=likelihood)
+    whole = model.loss(batch(6, 3))["loss"]
+    parts = [model.loss(part)["loss"] for part in batch(6, 3).split(3)]
+    assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
+
+
+def test_loss_leaves_torchs_generator_alone():
+    before = torch.random.get_rng_state()
+    model = make()
+    before = torch.random.get_rng_state()
+    model.loss(batch())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_beta_and_its_warmup():
+    def weight(seen, **options):
+        losses = make(**options).loss(batch(seen=seen))
+        return ((64 * losses["loss"] + losses["fit"]) / losses["kl"]).item()
+
+    assert weight(0, beta=4.0) == pytest.approx(4.0, rel=1e-3)
+    assert weight(250, beta=4.0, warmup=1000) == pytest.approx(1.0, rel=1e-3)
+    assert weight(5000, beta=4.0, warmup=1000) == pytest.approx(4.0, rel=1e-3)
+
+
+def test_sigma_learns_the_mean_squared_error():
+    model = make(beta=0.0)
+    only_sigma = torch.optim.Adam([model.log_sigma], 0.1)
+    for _ in range(80):
+        only_sigma.zero_grad()
+        model.loss(batch())["loss"].backward()
+        only_sigma.step()
+    mean, log_variance = model._posterior(batch().image, torch.zeros(6, 0))
+    latent = mean + (0.5 * log_variance).exp() * batch().rng.normal(4)
+    error = (model.decoder(latent, torch.zeros(6, 0)) - batch().image).square().mean()
+    assert model.log_sigma.exp().item() == pytest.approx(error.sqrt().item(), rel=1e-2)
+
+
+def train(model, data, steps=200, rate=3e-3):
+    (phase,) = model.phases()
+    parameters = [p for module in phase.modules for p in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, rate)
+    for step in range(steps):
+        rng = Rng(range(len(data) * step, len(data) * (step + 1)))
+        optimizer.zero_grad()
+        losses = phase.loss(Batch(data.image, data.condition, len(data) * step, rng))
+        losses["loss"].backward()
+        optimizer.step()
+    return losses["loss"].item()
+
+
+def two_tones(count=32):
+    """Class 0: dark pictures, class 1: bright; each with a bright or dark left half."""
+    label = torch.arange(count) % 2
+    side = (torch.arange(count) // 2) % 2
+    image = (label.float() * 1.2 - 0.6)[:, None, None, None].repeat(1, *SHAPE)
+    image[:, :, :, :4] += (side.float() * 0.6 - 0.3)[:, None, None, None]
+    return Batch(image, Condition(count, label=label), 0, Rng(range(count)))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_vae_learns_and_its_latents_say_the_class(likelihood):
+    model, data = make(classes=2, likelihood=likelihood), two_tones()
+    train(model, data)
+    model.eval()
+    with torch.no_grad():
+        latent = model.encode(data.image)
+        assert latent.shape == (32, 4 + 2)
+        assert torch.equal(latent[:, 4:].argmax(1), data.condition.label)
+        assert (model.decode(latent) - data.image).abs().mean() < 0.15
+        drawn = model.sample(data.condition, Rng(range(32)))
+        dark, bright = drawn[data.condition.label == 0], drawn[data.condition.label == 1]
+    assert dark.mean() < -0.4
+    assert bright.mean() > 0.4
+    assert drawn.abs().max() <= 1
+    swapped = torch.cat([latent[:, :4], latent[:, 4:].flip(1)], dim=1)
+    assert model.decode(swapped)[0].mean() > 0.2  # a dark picture, called bright
+
+
+def test_ae_learns_and_samples_what_it_saw():
+    torch.manual_seed(0)
+    model = AE(Encoder(SHAPE, 3, channels=8), Decoder(SHAPE, 3, channels=8), 3, halflife=500)
+    data = two_tones()
+    assert train(model, data) < 0.01
+    model.eval()
+    with torch.no_grad():
+        latent = model.encode(data.image)
+        assert (model.decode(latent) - data.image).abs().mean() < 0.1
+        moments = model.first_moment / model.weight
+        assert torch.allclose(moments, latent.mean(0), atol=0.2 * latent.std().item())
+        drawn = model.sample(Condition(64), Rng(range(64)))
+        assert abs(drawn.mean().item() - data.image.mean().item()) < 0.15
+        assert drawn.mean((1, 2, 3)).std() > 0.3
+        still = model.sample(Condition(2), Rng(range(2)), temperature=0.0)
+    assert torch.equal(still[0], still[1])
+
+
+def test_ae_samples_have_the_fitted_covariance():
+    class Same(nn.Module):
+        def forward(self, x, label):
+            return x.view(-1, 1, 1, 2) if x.ndim == 2 else x.flatten(1)
+
+    model = AE(Same(), Same(), 2, halflife=1000)
+    torch.manual_seed(0)
+    root = torch.tensor([[0.1, 0.0], [0.08, 0.05]])
+    for _ in range(100):
+        image = (torch.randn(100, 2) @ root.T + 0.2).view(100, 1, 1, 2)
+        model.loss(Batch(image, Condition(100), 0, Rng(range(100))))
+    drawn = model.sample(Condition(20_000), Rng(range(20_000))).flatten(1)
+    assert torch.allclose(drawn.mean(0), torch.tensor([0.2, 0.2]), atol=0.01)
+    assert torch.allclose(drawn.T.cov(), root @ root.T, atol=1.5e-3)
+
+
+def test_a_picture_depends_on_its_seed_alone():
+    model = make(classes=3).eval()
+    label = torch.tensor([0, 1, 2, 0])
+    together = model.sample(Condition(4, label=label), Rng([5, 6, 7, 8]))
+    alone = model.sample(Condition(1, label=label[2:3]), Rng([7]))
+    assert torch.allclose(together[2:3], alone, atol=1e-6)
+
+
+def test_unknown_likelihood_is_named():
+    with pytest.raises(ValueError, match="'poisson'.*'gaussian'"):
+        make(likelihood="poisson")

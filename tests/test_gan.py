@@ -1,0 +1,245 @@
+"""GAN: the losses' known values, the penalties' laws, labels, seeds, and that it learns."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from trilemma.batch import Batch, Condition, Rng
+from trilemma.models.gan import GAMES, GAN, gradient_norms, gradient_penalty, translate
+from trilemma.networks.dcgan import Critic, Generator
+
+SHAPE = (1, 16, 16)
+
+
+def make(classes=0, norm="none", **options):
+    torch.manual_seed(0)
+    return GAN(
+        Generator(SHAPE, latent=8, channels=4, classes=classes),
+        Critic(SHAPE, channels=4, classes=classes, norm=norm),
+        **options,
+    )
+
+
+def batch(count=6, classes=0, seed=0):
+    label = torch.arange(count) % classes if classes else None
+    image = Rng(range(seed, seed + count)).uniform(*SHAPE) * 2 - 1
+    return Batch(image, Condition(count, label=label), 0, Rng(range(seed, seed + count)))
+
+
+def test_non_saturating_at_equilibrium():
+    zero = torch.zeros(3)
+    game = GAMES["non-saturating"]
+    assert torch.allclose(game.critic(zero, zero), torch.full((3,), 2 * math.log(2)))
+    assert torch.allclose(game.generator(zero), torch.full((3,), math.log(2)))
+
+
+def test_non_saturating_is_cross_entropy():
+    real, fake = torch.randn(2, 5)
+    bce = nn.BCEWithLogitsLoss(reduction="none")
+    expected = bce(real, torch.ones(5)) + bce(fake, torch.zeros(5))
+    assert torch.allclose(GAMES["non-saturating"].critic(real, fake), expected)
+    assert torch.allclose(GAMES["non-saturating"].generator(fake), bce(fake, torch.ones(5)))
+
+
+def test_hinge_is_flat_beyond_the_margin():
+    game = GAMES["hinge"]
+    assert game.critic(torch.tensor(1.5), torch.tensor(-2.0)) == 0
+    assert game.critic(torch.tensor(0.0), torch.tensor(0.0)) == 2
+    assert game.generator(torch.tensor(3.0)) == -3
+
+
+def test_wasserstein_ignores_a_shared_offset():
+    game = GAMES["wasserstein"]
+    real, fake = torch.randn(2, 5)
+    assert torch.allclose(game.critic(real + 7, fake + 7), game.critic(real, fake), atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [1.0, 3.0])
+def test_gradient_penalty_of_a_linear_critic(slope):
+    """A linear critic has the same slope everywhere; of slope 1 it is 1-Lipschitz: no penalty."""
+    direction = torch.randn(1, 4, 4, dtype=torch.float64)
+    direction = (slope * direction / direction.norm()).float()
+
+    def critic(image):
+        return (image * direction).flatten(1).sum(1)
+
+    real, fake = torch.randn(2, 5, 1, 4, 4)
+    penalty = gradient_penalty(critic, real, fake, torch.rand(5))
+    assert torch.allclose(penalty, torch.full((5,), (slope - 1) ** 2), atol=1e-5)
+    assert torch.allclose(gradient_norms(critic, real), torch.full((5,), slope**2), rtol=1e-5)
+
+
+def test_gradient_penalty_looks_between_real_and_fake():
+    """With D(x) = |x|^2 / 2 the gradient is x itself: the penalty tells where it was taken."""
+    real, fake = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), 7.0)
+    penalty = gradient_penalty(
+        lambda x: x.square().flatten(1).sum(1) / 2, real, fake, torch.tensor([0.0, 0.5])
+    )
+    assert torch.allclose(penalty, torch.tensor([4.0, 16.0]))
+
+
+def test_penalty_of_a_flat_critic_has_a_finite_gradient():
+    weight = torch.zeros(4, requires_grad=True)
+    real, fake = torch.randn(2, 3, 1, 2, 2)
+    penalty = gradient_penalty(lambda x: x.flatten(1) @ weight, real, fake, torch.rand(3))
+    penalty.mean().backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "r1"])
+def test_second_derivative_under_bf16(penalty):
+    """The penalty's gradient under autocast is that of float32, to bf16's rounding."""
+    gradients = []
+    for enabled in (False, True):
+        model = make(penalty=penalty, weight=1000.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.critic_loss(batch())["loss"]
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.critic.parameters()]))
+    assert gradients[0].norm() > 0
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+
+
+def test_each_player_moves_alone():
+    model = make(penalty="gradient", critic_steps=5)
+    critic, generator = model.phases()
+    assert (critic.every, generator.every) == (1, 5)
+    critic.loss(batch())["loss"].backward()
+    assert all(p.grad is None for p in model.generator.parameters())
+    assert all(p.grad is not None for p in model.critic.parameters())
+    model.zero_grad()
+    model.critic.requires_grad_(False)
+    generator.loss(batch())["loss"].backward()
+    assert all(p.grad is None for p in model.critic.parameters())
+    assert all(p.grad is not None for p in model.generator.parameters())
+    learning = [p for phase in model.phases() for m in phase.modules for p in m.parameters()]
+    assert len({id(p) for p in learning}) == len(learning) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("penalty", ["none", "gradient", "r1"])
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_loss_does_not_depend_on_the_split(penalty, flip):
+    model = make(classes=3, penalty=penalty, flip=flip, shift=0.2).eval()
+    whole = model.critic_loss(batch(6, 3))["loss"]
+    parts = [model.critic_loss(part)["loss"] for part in batch(6, 3).split(3)]
+    assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
+
+
+def test_loss_leaves_torchs_generator_alone():
+    model = make(penalty="gradient", flip=0.1, shift=0.1)
+    before = torch.random.get_rng_state()
+    model.critic_loss(batch())
+    model.generator_loss(batch())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_label_smoothing_is_cross_entropy_with_a_softer_target():
+    """One-sided: target 0.9 for real, 0 for fake."""
+    soft, plain = make(smooth=0.1).eval(), make().eval()
+    latent = batch().rng.normal(8)
+    none = torch.zeros(6, 0)
+    real = plain.critic(batch().image, none)
+    fake = plain.critic(plain.generator(latent, none), none)
+    bce = nn.BCEWithLogitsLoss()
+    expected = bce(real, torch.full((6,), 0.9)) + bce(fake, torch.zeros(6))
+    assert torch.allclose(soft.critic_loss(batch())["loss"], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="smooth = 0"):
+        make(game="hinge", smooth=0.1)
+
+
+def test_label_noise_swaps_roles():
+    """With every image swapped the critic is asked for the opposite."""
+    model, swapped = make(game="wasserstein").eval(), make(game="wasserstein", flip=1.0).eval()
+    loss = model.critic_loss(batch())["loss"]
+    assert torch.allclose(swapped.critic_loss(batch())["loss"], -loss)
+
+
+def test_share_of_the_penalty_is_unbiased():
+    """Over many batches the penalty on a third of each has the mean of the whole."""
+    whole, third = make(penalty="r1").eval(), make(penalty="r1", share=1 / 3).eval()
+    for parameter in [*whole.critic.parameters(), *third.critic.parameters()]:
+        parameter.data.mul_(8)
+    a = torch.stack([whole.critic_loss(batch(6, seed=6 * i))["penalty"] for i in range(40)])
+    b = torch.stack([third.critic_loss(batch(6, seed=6 * i))["penalty"] for i in range(40)])
+    assert b.std() > a.std()
+    assert abs(b.mean() - a.mean()) < 4 * b.std() / math.sqrt(40)
+
+
+def test_translate_moves_and_repeats_the_border():
+    image = torch.arange(8.0).view(1, 1, 1, 8).expand(64, 1, 8, 8)
+    moved = translate(image, Rng(range(64)), 0.25)
+    offsets = moved[:, 0, 0, 4] - 4
+    assert set(offsets.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    for one, offset in zip(moved, offsets, strict=True):
+        assert torch.equal(one[0, 0], (torch.arange(8.0) + offset).clamp(0, 7))
+
+
+def test_translate_passes_gradients():
+    image = torch.randn(4, 1, 8, 8, requires_grad=True)
+    translate(image, Rng(range(4)), 0.25).sum().backward()
+    assert torch.allclose(image.grad.sum(), torch.tensor(4.0 * 64))
+
+
+def test_a_picture_depends_on_its_seed_alone():
+    model = make(classes=3).eval()
+    label = torch.tensor([0, 1, 2, 0])
+    together = model.sample(Condition(4, label=label), Rng([5, 6, 7, 8]))
+    alone = model.sample(Condition(1, label=label[2:3]), Rng([7]))
+    assert together.shape == (4, *SHAPE)
+    assert together.abs().max() <= 1
+    assert torch.allclose(together[2:3], alone, atol=1e-6)
+
+
+def test_no_temperature_no_variety():
+    model = make().eval()
+    images = model.sample(Condition(2), Rng([1, 2]), temperature=0.0)
+    assert torch.equal(images[0], images[1])
+
+
+def test_label_is_asked_for():
+    with pytest.raises(ValueError, match="3 classes.*label"):
+        make(classes=3).sample(Condition(2), Rng([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"game": "chess"}, "'chess'.*hinge"), ({"penalty": "r9"}, "'r9'.*'gradient'")],
+)
+def test_unknown_choice_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"game": "non-saturating", "penalty": "r1", "weight": 0.1},
+        {"game": "hinge", "norm": "spectral"},
+        {"game": "wasserstein", "penalty": "gradient", "critic_steps": 3},
+    ],
+)
+def test_it_learns_two_brightnesses(options):
+    """Class 0 is black, class 1 white: after a short training so are the samples."""
+    model = make(classes=2, **options)
+    label = torch.arange(16) % 2
+    image = (label.float() * 1.6 - 0.8)[:, None, None, None].expand(16, *SHAPE)
+    phases = model.phases()
+    optimizers = [
+        torch.optim.Adam([p for m in phase.modules for p in m.parameters()], 5e-3, (0.0, 0.9))
+        for phase in phases
+    ]
+    for step in range(150):
+        for phase, optimizer in zip(phases, optimizers, strict=True):
+            if step % phase.every == 0:
+                rng = Rng(range(16 * step, 16 * step + 16))
+                optimizer.zero_grad()
+                phase.loss(Batch(image, Condition(16, label=label), 16 * step, rng))[
+                    "loss"
+                ].backward()
+                optimizer.step()
+    model.eval()
+    drawn = model.sample(Condition(16, label=label), Rng(range(16))).mean((1, 2, 3))
+    assert drawn[label == 0].mean() < -0.3
+    assert drawn[label == 1].mean() > 0.3
