@@ -1,13 +1,310 @@
-"""Images or a run against a reference: a dict of numbers, each with the protocol it came from."""
+"""Drawn images or a run against real images: a dictionary of numbers and their protocol.
+
+A score on its own says nothing: it depends on the features, the resize, the number of images on
+both sides and the real images chosen. All that is stored beside the scores as their protocol, and
+`same_protocol` refuses to put scores of unlike protocols side by side.
+"""
 
 from __future__ import annotations
 
-from trilemma.metrics.features import Images, extractor
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from trilemma import data as pictures
+from trilemma import sample
+from trilemma.data import Dataset
+from trilemma.errors import UserError
+from trilemma.metrics import reference as references
+from trilemma.metrics.features import Extractor, Features, Images, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
+from trilemma.metrics.inception_score import inception_score
+from trilemma.metrics.kernel import kernel_distance
+from trilemma.metrics.neighbours import memorised, nearest
+from trilemma.metrics.prdc import density_coverage, precision_recall
+from trilemma.metrics.reading import read_images
+from trilemma.metrics.reference import Reference
+from trilemma.metrics.sliced import sliced_wasserstein
+from trilemma.metrics.speed import speed
+from trilemma.sample import Trained
+
+FEW = 2000  # drawn images below which scores are said to be rough
+LIMIT = 50_000  # real images that the Fréchet distance looks at
+BALLS = 10_000  # images on either side that precision, recall, density and coverage look at
+HELD_OUT = 2000  # real images that tell how near to the training images unseen ones are
+BATCH = 128
+
+Subject = str | Path | Tensor | Trained
+FeaturesLike = str | Extractor | Callable[[Tensor], Tensor]
 
 
-def frechet(images: Images, reference: Images) -> float:
-    """Return FD-Lite0 between two sets of uint8 images (N, C, H, W)."""
-    see = extractor("lite0")
-    a, b = (statistics(see(each).pooled) for each in (images, reference))
+def evaluate(
+    what: Subject,
+    data: str | Path | Dataset,
+    *,
+    n: int = 5000,
+    split: str = "test",
+    features: FeaturesLike = "lite0",
+    seed: int = 0,
+    training: Dataset | None = None,
+    device_name: str | None = None,
+    **sample_options: Any,
+) -> dict[str, Any]:
+    """Measure drawn images against real ones: quality, coverage, memorisation, speed.
+
+    Args:
+        what: a run folder or a trained model, which draws `n` images; or a folder, zip or `.npz` of
+            drawn images, or a uint8 tensor (N, C, H, W), of which the first `n` are taken.
+        data: the real images: a named data set, a folder or zip; a loaded Dataset; or an `.npz` of
+            reference statistics.
+        n: drawn images.
+        split: of `data` to compare with; training images are always those of its train split.
+        features: `lite0`, `inception:FILE`, `inception-tf:FILE`, `pixels`, or a function from uint8
+            (B, C, H, W) to features (B, D).
+        seed: of the first drawn image; image i has seed + i.
+        training: the training images, when `data` is a loaded Dataset; None leaves out whether the
+            model has memorised them.
+        device_name: where the feature network runs; None picks the fastest there is.
+        **sample_options: options for the model's `sample`, and `label`.
+
+    Returns:
+        `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
+        `protocol`: what the scores depend on; `warnings`: a list of sentences.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    if n < 2:
+        raise UserError(f"n is {n}; a distance needs at least 2 images")
+    see = extractor(features, device_name)
+    images, sampling, cost = _images(what, n, seed, sample_options)
+    real, held_out, trained_on = _real(data, split, training, tuple(images.shape[1:]), see)
+    drawn = see(images)
+    scores = score(drawn, real)
+    if held_out is not None and trained_on is not None:
+        scores["memorised"] = memorised(drawn.pooled, held_out, trained_on)
+    protocol = real.protocol | {
+        "n": len(images),
+        "size": list(images.shape[1:]),
+        "balls_n": _balls(drawn, real),
+        "held_out_n": None if held_out is None else len(held_out),
+        "training_n": None if trained_on is None else len(trained_on),
+        "sampling": sampling,
+    }
+    result = {"scores": {title(key, see.name): value for key, value in scores.items()}}
+    if cost is not None:
+        result["speed"] = cost
+    return result | {"protocol": protocol, "warnings": _warnings(protocol, n, scores)}
+
+
+def score(drawn: Features, real: Reference, *, seed: int = 0) -> dict[str, float]:
+    """Return all scores that the reference allows, of drawn images as the same extractor saw them.
+
+    Keys: `fd`, `sfd`, `kd`, `kd_std`, `swd`, `inception_score`, `inception_score_std`, `precision`,
+    `recall`, `density`, `coverage`. The last four look at equally many images on both sides.
+
+    Args:
+        drawn: features of the drawn images.
+        real: the reference.
+        seed: of random subsets and directions.
+    """
+    scores = {"fd": frechet_distance(statistics(drawn.pooled), real.statistics)}
+    if drawn.spatial is not None and real.spatial is not None:
+        scores["sfd"] = frechet_distance(statistics(drawn.spatial), real.spatial)
+    if real.pooled is not None:
+        scores["kd"], scores["kd_std"] = kernel_distance(drawn.pooled, real.pooled, seed=seed)
+        scores["swd"] = sliced_wasserstein(drawn.pooled, real.pooled, seed=seed)
+    if drawn.logits is not None and len(drawn) >= 10:
+        both = inception_score(drawn.logits)
+        scores["inception_score"], scores["inception_score_std"] = both
+    count = _balls(drawn, real)
+    if real.pooled is not None and count > 5:
+        generator = torch.Generator().manual_seed(seed)
+        some = real.pooled[torch.randperm(len(real.pooled), generator=generator)[:count]]
+        few = drawn.pooled[:count]
+        scores["precision"], scores["recall"] = precision_recall(some, few)
+        scores["density"], scores["coverage"] = density_coverage(some, few)
+    return scores
+
+
+def title(key: str, features: str) -> str:
+    """Return the name under which a score on some features is quoted: `fd` is `fd-lite0`.
+
+    On the FID's own features the field's names stand: `fid`, `kid`, `sfid`, `is`.
+    """
+    if key in ("precision", "recall", "density", "coverage", "memorised"):
+        return key
+    base, _, spread = key.partition("_std")
+    base = {"kd": "kid", "inception_score": "is"}.get(base, base)
+    if features != "inception":
+        base = f"{base}-{features}"
+    else:
+        base = {"fd": "fid", "sfd": "sfid", "swd": "swd-inception"}.get(base, base)
+    return base + ("-std" if key.endswith("_std") else "")
+
+
+def frechet(images: Images, reference: Images, features: FeaturesLike = "lite0") -> float:
+    """Return the Fréchet distance between two sets of uint8 images (N, C, H, W)."""
+    see = extractor(features)
+    a, b = (statistics(see(each, pooled_only=True).pooled) for each in (images, reference))
     return frechet_distance(a, b)
+
+
+def nearest_neighbours(
+    samples: Images,
+    training: Dataset | Images,
+    features: FeaturesLike = "lite0",
+    *,
+    k: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return the k nearest training images to each sample: indices (N, k) and distances (N, k)."""
+    see = extractor(features)
+    if isinstance(training, Dataset):
+        known = references.of_dataset(training, see, limit=len(training), pooled_only=True).pooled
+        assert known is not None
+    else:
+        known = see(training, pooled_only=True).pooled
+    return nearest(see(samples, pooled_only=True).pooled, known, k)
+
+
+def same_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Refuse to compare two results of `evaluate` whose scores do not mean the same.
+
+    How the images were drawn may differ: that is what a comparison compares.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    a, b = first["protocol"], second["protocol"]
+    keys = [key for key in {**a, **b} if key not in ("sampling", "data")]
+    differ = [f"{key} is {a.get(key)} and {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+    if differ:
+        raise UserError(f"these scores cannot be compared: {'; '.join(differ)}")
+
+
+def describe(result: Mapping[str, Any]) -> Table:
+    """Return a result of `evaluate` as a table for the terminal."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in result["scores"].items():
+        table.add_row(key, f"{value:.4g}")
+    for key, value in result.get("speed", {}).items():
+        table.add_row(key.replace("_", " "), _plain(value), style="cyan")
+    for key, value in result["protocol"].items():
+        table.add_row(key.replace("_", " "), _plain(value), style="dim")
+    for sentence in result["warnings"]:
+        table.add_row("warning", sentence, style="yellow")
+    return table
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _images(
+    what: Subject, n: int, seed: int, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any], dict[str, Any] | None]:
+    """Return the drawn images, how they were drawn, and what that cost if a model drew them."""
+    if isinstance(what, str | Path):
+        path = Path(what)
+        if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
+            what = sample.load(path)
+    if isinstance(what, Trained):
+        return _draw(what, n, seed, options)
+    if options:
+        names = ", ".join(options)
+        raise UserError(f"{names}: options for drawing, but these images are drawn already")
+    if isinstance(what, Tensor):
+        return what[:n], {"source": "tensor"}, None
+    return read_images(what, n), {"source": str(what)}, None
+
+
+def _draw(
+    trained: Trained, n: int, seed: int, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    options = {"batch": BATCH} | {k: v for k, v in options.items() if v is not None}
+    screen = Console(stderr=True)
+    size = min(options["batch"], n)
+    cost = speed(
+        trained.model,
+        lambda count: trained.sample(count, seed=seed, **(options | {"batch": count})),
+        sorted({1, size}),
+    )
+    batches = track(
+        trained.batches(n, seed=seed, **options),
+        "drawing",
+        total=-(-n // options["batch"]),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
+    images = torch.cat(list(batches))
+    chosen = {key: value for key, value in options.items() if key not in ("batch", "label")}
+    label = options.get("label")
+    sampling = {
+        "recipe": trained.name,
+        "seen": trained.progress["seen"],
+        "seeds": [seed, seed + n - 1],
+        "labels": ("in turn" if label is None else label) if trained.conditional else None,
+    }
+    return images, sampling | trained.options(chosen), cost
+
+
+def _real(
+    data: str | Path | Dataset,
+    split: str,
+    training: Dataset | None,
+    shape: tuple[int, ...],
+    see: Extractor,
+) -> tuple[Reference, Tensor | None, Tensor | None]:
+    """Return the reference, and the features of held-out and of training images if known."""
+    if isinstance(data, str | Path) and Path(data).suffix == ".npz":
+        return references.load(data, see), None, None
+    if isinstance(data, Dataset):
+        held_out = data if data.split == "test" else None
+    else:
+        channels, height, width = shape
+        if height != width:
+            raise UserError(f"the drawn images are {width}x{height}; expected squares, as data is")
+        loaded = {
+            part: pictures.load(data, split=part, size=height, channels=channels)
+            for part in {split, "train", "test"}
+        }
+        data, training, held_out = loaded[split], loaded["train"], loaded["test"]
+    real = references.of_dataset(data, see, limit=LIMIT, pooled_only=False)
+    if training is None or held_out is None or not len(held_out) or not len(training):
+        return real, None, None
+    known = references.of_dataset(training, see, limit=len(training), pooled_only=True)
+    if held_out is data and real.pooled is not None:
+        rows = references.thinned(len(real.pooled), HELD_OUT)
+        return real, real.pooled[torch.from_numpy(rows)], known.pooled
+    unseen = references.of_dataset(held_out, see, limit=HELD_OUT, pooled_only=True)
+    return real, unseen.pooled, known.pooled
+
+
+def _balls(drawn: Features, real: Reference) -> int:
+    return 0 if real.pooled is None else min(len(drawn), len(real.pooled), BALLS)
+
+
+def _warnings(protocol: Mapping[str, Any], asked: int, scores: Mapping[str, float]) -> list[str]:
+    said = []
+    n, real = protocol["n"], protocol["reference_n"]
+    if n < asked:
+        said.append(f"{asked} images were asked for, and there are {n}")
+    if min(n, real or n) < FEW:
+        said.append(
+            f"{n} drawn and {real} real images are few: distances come out too large and vary; "
+            f"compare them only with scores at the same counts, better {FEW} or more"
+        )
+    if protocol["reference_size"] not in (None, protocol["size"]):
+        said.append(f"images of {protocol['size']} against real ones {protocol['reference_size']}")
+    if "coverage" not in scores:
+        said.append("precision, recall, density, coverage need the real images or more of them")
+    return said

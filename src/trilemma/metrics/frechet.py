@@ -28,12 +28,10 @@ class Statistics:
     Attributes:
         mean: (D,).
         covariance: (D, D), the unbiased estimate.
-        count: number of samples they were estimated from, or None when unknown.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: int | None = None
 
 
 def statistics(features: Tensor) -> Statistics:
@@ -43,7 +41,7 @@ def statistics(features: Tensor) -> Statistics:
     x = features.double()
     mean = x.mean(0)
     x = x - mean
-    return Statistics(mean, x.T @ x / (len(x) - 1), len(x))
+    return Statistics(mean, x.T @ x / (len(x) - 1))
 
 
 def _factor(covariance: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""What drawing costs: images per second, network calls, parameters, memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilemma.device import synchronize
+
+_SECONDS = 1.0  # a batch size is timed for at least so long
+
+
+def speed(
+    model: nn.Module, draw: Callable[[int], object], batch_sizes: Sequence[int] = (1, 128)
+) -> dict[str, Any]:
+    """Measure what drawing costs.
+
+    Args:
+        model: the model that draws; its direct children are its networks.
+        draw: draws that many images in one batch.
+        batch_sizes: batches to time, each after one drawn to warm up.
+
+    Returns:
+        `by_batch`: images per second for each batch size; `images_per_second`, `batch`: of the
+        last one; `calls`: forward passes an image takes through the network that is called most
+        (a guided step counts twice: it sees every image with its condition and without);
+        `parameters`; `memory`: bytes at the peak of drawing the last batch size, beyond what was in
+        use before, or None where the system does not tell.
+    """
+    where = next(model.parameters()).device
+    with network_calls(model) as calls:
+        draw(1)
+    largest = max(batch_sizes)
+    memory = peak_memory(lambda: draw(largest), where)
+    by_batch = {}
+    for size in batch_sizes:
+        draw(size)
+        synchronize(where)
+        count, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < _SECONDS:
+            draw(size)
+            synchronize(where)
+            count += size
+        by_batch[str(size)] = count / elapsed
+    return {
+        "images_per_second": by_batch[str(largest)],
+        "batch": largest,
+        "by_batch": by_batch,
+        "calls": max(calls.values(), default=0),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "memory": memory,
+    }
+
+
+@contextmanager
+def network_calls(model: nn.Module) -> Iterator[Counter[str]]:
+    """Count the images that pass through each network of a model while the context is open.
+
+    A network is a direct child of the model whose first argument is a tensor, images in front.
+    """
+    counted: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(_: nn.Module, arguments: tuple) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                counted[name] += len(arguments[0])
+
+        return hook
+
+    handles = [
+        child.register_forward_pre_hook(count(name)) for name, child in model.named_children()
+    ]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def peak_memory(run: Callable[[], object], where: torch.device) -> int | None:
+    """Return the bytes that `run` takes at its peak beyond what was in use before.
+
+    On CUDA as torch's allocator counts them; on a CPU under Linux as the process's resident memory;
+    elsewhere None. Memory that was freed before but kept for use again is not seen on a CPU.
+    """
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+        run()
+        return torch.cuda.max_memory_allocated(where) - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if where.type != "cpu" or not status.exists():
+        run()
+        return None
+    try:
+        reset.write_text("5")  # forgets the peak so far
+    except OSError:  # a container may forbid it
+        run()
+        return None
+    before = _kilobytes(status, "VmRSS")
+    run()
+    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
