@@ -1,9 +1,9 @@
 """What a collection of pictures holds, and what is wrong with it.
 
 Exact duplicates share their file's SHA-256. Near duplicates share a difference hash: the picture
-averaged to 9 x 8 cells of grey, one bit for each pair of horizontal neighbours (64 bits), and
-differ by less than 4 of 255 grey levels a cell on average, so that flat pictures are not taken for
-one another. They are looked for among the decoded pictures; mirrored or cut copies are not found.
+averaged to 9 x 8 cells of grey, 64 bits that say where the right neighbour is brighter by more
+than 2 of 255 levels, so that noise in flat parts does not count; and their cells differ by less
+than 4 levels on average, so that flat pictures are not taken for one another. They are looked for among the decoded pictures; mirrored or cut copies are not found.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ SUFFIXES = {
     "BMP": {".bmp"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm"}, "AVIF": {".avif"},
 }  # fmt: skip
 _NEAR_LEVELS = 4.0
+_RISE = 2.0
 _LISTED = 20
 
 
@@ -114,7 +115,7 @@ def _near_duplicates(images: np.ndarray) -> list[list[int]]:
     cells = np.concatenate(
         [_cells(images[start : start + 4096]) for start in range(0, len(images), 4096)]
     )  # (N, 8, 9)
-    bits = cells[:, :, 1:] > cells[:, :, :-1]
+    bits = cells[:, :, 1:] > cells[:, :, :-1] + _RISE
     hashes = np.packbits(bits.reshape(len(bits), 64), axis=1).view(np.uint64)[:, 0]
     found = []
     for group in _groups(hashes.tolist()):
@@ -174,9 +175,7 @@ def _warnings(report: dict[str, Any], files: list[dict[str, Any]]) -> list[str]:
 def _advice(report: dict[str, Any]) -> list[str]:
     found = []
     if report["pictures"] < FEW:
-        found.append(
-            "gather at least some hundreds of pictures, better thousands; mirror them (flip)"
-        )
+        found.append("gather more pictures, better thousands, or mirror them: --set data.flip=true")
     if report["near_duplicates"] and report["split_rule"] == "by content":
         found.append("put near duplicates in one of train/ and test/, or scores look too good")
     if report["shape"][-1] == NATIVE_LIMIT and len(report["sizes"]) > 1:

@@ -48,7 +48,13 @@ class Header:
 def read_header(content: bytes | np.ndarray) -> Header:
     """Return the header of a picture; raises Unusable with the reason."""
     image = _open(content)
-    return Header(*image.size, image.mode, image.format or "array")
+    header = Header(*image.size, image.mode, image.format or "array")
+    if image.format == "PNG":
+        try:
+            image.verify()  # decoding does not look at the checksums of the pixels
+        except Exception as error:  # as in decode
+            raise Unusable(f"truncated or damaged: {error}") from None
+    return header
 
 
 def decode(
