@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import tiny
@@ -15,7 +17,7 @@ from trilemma import sample as sampling
 from trilemma import train as training
 from trilemma.data import batches
 from trilemma.data import load as load_data
-from trilemma.errors import UserError
+from trilemma.errors import Interrupted, UserError
 
 RECIPES = recipe.names()
 
@@ -44,8 +46,7 @@ def fit(name, data, out, **options):
 def test_each_phase_lowers_its_own_loss_on_one_batch(name, data):
     model = build(name, data).train()
     for phase in model.phases():
-        for _ in range(2):  # networks that begin with a zero layer need a step to wake up
-            learn = [p for module in phase.modules for p in module.parameters()]
+        learn = [p for module in phase.modules for p in module.parameters()]
         optimizer = torch.optim.Adam(learn, lr=1e-3)
         trace = []
         for _ in range(25):
@@ -100,7 +101,8 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(name, data):
 def test_a_resumed_run_is_the_same_run(name, data, tmp_path):
     whole = fit(name, data, tmp_path / "whole", steps=7)
     stop_at_4 = tmp_path / "parts"
-    fit(name, data, stop_at_4, steps=7, probe=_stop_after(4), probes=7)
+    with pytest.raises(Interrupted):
+        fit(name, data, stop_at_4, steps=7, probe=_stop_after(4), probes=7)
     parts = fit(name, data, stop_at_4, steps=7, resume=True)
     assert parts.progress["step"] == whole.progress["step"] == 7
     one, two = whole.model.state_dict(), parts.model.state_dict()
@@ -109,9 +111,6 @@ def test_a_resumed_run_is_the_same_run(name, data, tmp_path):
 
 def _stop_after(step):
     """Return a probe that asks the run to stop, as a signal would, once `step` is reached."""
-    import os
-    import signal
-
     def probe(trained, elapsed):
         if trained.progress["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -142,8 +141,7 @@ def test_about_is_complete_and_true(name):
     assert {"summary", "paper", "family", "needs", "parameters"} <= about.keys()
     size = about.get("size", 32)
     facts = {"shape": [3, size, size], "channels": 3, "size": size, "classes": 10, "attributes": 0}
-    with torch.device("meta"):
-        model = recipe.build(recipe.resolve(spec, {**facts, "count": 10_000})["model"])
+    model = recipe.build(recipe.resolve(spec, {**facts, "count": 10_000})["model"])
     assert sum(p.numel() for p in model.parameters()) == about["parameters"]
 
 

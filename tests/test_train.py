@@ -100,6 +100,20 @@ def test_init_takes_the_weights_that_fit(data, tmp_path):
     assert same(first.model.state_dict(), second.model.state_dict())
 
 
+def test_dropout_resumes_too(data, tmp_path):
+    changes = ["model.network.dropout=0.5", "train.save_every=0"]
+    whole = fit(data, tmp_path / "whole", *changes, steps=6)
+
+    def stop(trained, elapsed):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Interrupted):
+        fit(data, tmp_path / "parts", *changes, steps=6, probe=stop, probes=3)
+    parts = fit(data, tmp_path / "parts", *changes, steps=6, resume=True)
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+
+
 def test_resume_refuses_what_differs(data, folder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(UserError, match="nothing to resume"):
@@ -173,7 +187,6 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
     torchrun += ("--master_addr=127.0.0.1", "--master_port=29617", "-m", "trilemma")
     more = ["--steps", "4", "--set", "train.log_every=1", "--set", "train.precision=fp32"]
-    more += ["--set", "train.compile=off"]
     environ = environment(tmp_path)
     one = command(folder, tmp_path / "one", *more)
     two = command(folder, tmp_path / "two", *more, prefix=torchrun)
@@ -190,7 +203,7 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
 def test_killed_at_any_moment_a_run_can_go_on(folder, tmp_path):
     """Kill -9 at 20 random moments; each run, resumed, ends in the same weights."""
     environ = environment(tmp_path)
-    more = ["--steps", "200", "--set", "train.save_every=0.05", "--set", "train.compile=off"]
+    more = ["--steps", "200", "--set", "train.save_every=0.05"]
     began = time.monotonic()
     subprocess.run(command(folder, tmp_path / "whole", *more), check=True, env=environ)
     takes = time.monotonic() - began

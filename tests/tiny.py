@@ -17,13 +17,24 @@ SMALL: dict[str, dict] = {
     "networks.dcgan.Critic": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
-    "networks.unet.UNet": {"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [8]},
+    "networks.unet.UNet": {
+        "channels": 32,
+        "multipliers": [1, 2],
+        "blocks": 1,
+        "attention": [8],
+        "dropout": 0.0,
+    },
+    "networks.convnet.Encoder": {"channels": 8},
+    "networks.convnet.Decoder": {"channels": 8},
+    "networks.dcgan.Generator": {"channels": 8},
+    "networks.dcgan.Critic": {"channels": 8},
 }
 
 
 def overrides(name: str) -> list[str]:
     """Return the `--set` changes that shrink a packaged recipe."""
-    return [*_changes("model", recipe.load(name)["model"]), "train.batch=8", "train.grids=0"]
+    train = ["train.batch=8", "train.grids=0", "train.compile=off"]
+    return [*_changes("model", recipe.load(name)["model"]), *train]
 
 
 def _changes(path, spec):

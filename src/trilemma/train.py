@@ -518,6 +518,10 @@ class Run:
         self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            for parameter, own in optimizer.state.items():
+                for key, value in own.items():  # fused steps need the parameter's memory layout
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        own[key] = torch.empty_like(parameter).copy_(value)
         self.progress = Progress(**facts["progress"])
         if keep_length:
             self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
