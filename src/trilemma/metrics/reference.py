@@ -115,7 +115,7 @@ def save(reference: Reference, path: str | Path) -> None:
         arrays["features"] = reference.pooled.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(temporary, **arrays)
+    np.savez(temporary, allow_pickle=False, **arrays)
     os.replace(temporary, path)
 
 

@@ -105,11 +105,7 @@ class EfficientNetLite0(nn.Module):
         try:
             fold("stem", "_conv_stem", "_bn0")
             fold("head", "_conv_head", "_bn1")
-            blocks = [
-                (f"stages.{i}.{j}", block)
-                for i, stage in enumerate(self.stages)
-                for j, block in enumerate(stage)
-            ]
+            blocks = [(n, m) for n, m in self.named_modules() if isinstance(m, _Block)]
             for index, (own, block) in enumerate(blocks):
                 theirs = f"_blocks.{index}"
                 if block.expand is not None:

@@ -77,7 +77,7 @@ def _grid8(pooling: str) -> list[list[Step]]:
     ]
 
 
-_TO_17 = [
+_TO_17: list[list[Step]] = [
     [_conv("branch3x3", 384, 3, stride=2)],
     [
         _conv("branch3x3dbl_1", 64),
@@ -86,7 +86,7 @@ _TO_17 = [
     ],
     ["halve"],
 ]
-_TO_8 = [
+_TO_8: list[list[Step]] = [
     [_conv("branch3x3_1", 192), _conv("branch3x3_2", 320, 3, stride=2)],
     [
         _conv("branch7x7x3_1", 192),
@@ -96,7 +96,7 @@ _TO_8 = [
     ],
     ["halve"],
 ]
-_BLOCKS = {
+_BLOCKS: dict[str, list[list[Step]]] = {
     "Mixed_5b": _grid35(32),
     "Mixed_5c": _grid35(64),
     "Mixed_5d": _grid35(64),
