@@ -27,7 +27,7 @@ def test_counts(tmp_path):
     assert sum(report["splits"].values()) == 77 and report["split_rule"] == "by content"
     assert report["unusable"] == [] and report["captions"] == 0
     words = " ".join(report["warnings"])
-    assert "only 77 pictures" in words and "76 pictures are smaller than 64" in words
+    assert "only 77 pictures" in words and "77 pictures are smaller than 64" in words
     assert "1 pictures are not square" in words and "unbalanced" not in words
 
 

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def _build(source: Source, settings: Settings, root: Path, index: Path) -> Path:
                 _move(draft, root / key)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-    draft_index = index.with_suffix(f".{os.getpid()}")
+    draft_index = index.with_suffix(f".{uuid4().hex}")
     draft_index.write_text(json.dumps({"key": key, "name": source.name}))
     draft_index.replace(index)
     return root / key

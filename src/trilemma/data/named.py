@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import urllib.request
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -207,7 +207,7 @@ def _download(url: str, target: Path, md5: str) -> None:
     if seen != md5:
         raise UserError(f"fashion-mnist: {url} has MD5 {seen}, expected {md5}; {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(f".{os.getpid()}")
+    draft = target.with_suffix(f".{uuid4().hex}")
     draft.write_bytes(content)
     draft.replace(target)
 
