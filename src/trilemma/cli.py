@@ -8,6 +8,7 @@ machines go to stdout (`--json`), everything for people to stderr. Exit codes: 0
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tomllib
@@ -173,6 +174,8 @@ def train(
         init=init,
         device_name=device,
     )
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
+        return
     if as_json:
         _say({"run": str(trained.path), "recipe": trained.name, **trained.progress})
     else:

@@ -198,6 +198,7 @@ def train(
         run.restore(keep_length=length is None)
     elif (out / "training").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
+    distributed.barrier()  # all have looked at the folder before the first process writes to it
     with _signals(run):
         run.loop(world, probe, probes, quiet, bool(asks.get("flip", False)))
     return run.trained()
