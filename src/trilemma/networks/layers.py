@@ -65,11 +65,12 @@ def fold_norm(
     """Take a convolution and the batch norm after it out of `state`; return them as one.
 
     A batch norm that no longer learns is an affine map, so it merges into the weights and a bias:
-    `w gamma / sqrt(var + eps)` and `beta - mean gamma / sqrt(var + eps)`.
+    `w gamma / sqrt(var + eps)` and `beta - mean gamma / sqrt(var + eps)`, here in float64.
 
     Raises:
         KeyError: a key is not there.
     """
-    scale = state.pop(f"{norm}.weight") * torch.rsqrt(state.pop(f"{norm}.running_var") + epsilon)
+    variance = state.pop(f"{norm}.running_var").double()
+    scale = state.pop(f"{norm}.weight") * torch.rsqrt(variance + epsilon)
     bias = state.pop(f"{norm}.bias") - state.pop(f"{norm}.running_mean") * scale
     return state.pop(f"{conv}.weight") * scale[:, None, None, None], bias
