@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,53 @@ def halvings(size: int) -> tuple[int, int]:
         raise ValueError(f"a side of {size} pixels is too short: this network needs at least 8")
     times = math.floor(math.log2(size / 4))
     return times, -(-size // 2**times)
+
+
+class GroupNorm(nn.Module):
+    """Normalises groups of channels, image by image; Wu & He 2018, "Group Normalization".
+
+    Computed and returned in float32 whatever the format of x: sums over many values need it, and
+    PyTorch's bfloat16 kernel for channels-last tensors on a CPU is several times slower.
+    """
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, ...) to float32 (B, C, ...)."""
+        return F.group_norm(x.float(), self.groups, self.weight, self.bias, self.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention softmax(q k^T / sqrt(D)) v of q, k, v (B, heads, N, D); Vaswani et al. 2017, (1).
+
+    PyTorch's fused kernel, except in bfloat16 on a CPU, where two matrix products with a softmax
+    between them take a third of its time as long as the (N, N) weights are small.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 1024:
+        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B, heads, N, N)
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Nearest-neighbour upsampling of x (B, C, H, W) by two, then convolution by (O, C, 3, 3).
+
+    Each output pixel meets only 2x2 different input pixels. So the two steps are one transposed
+    convolution of stride 2 whose 4x4 kernel sums, along rows and columns, the weights that meet
+    the same input pixel: 4 products per output instead of 9. On a CPU only, where it was measured.
+    """
+    if x.device.type != "cpu":
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    o, c = weight.shape[:2]
+    meets = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    meets = torch.kron(meets, meets)  # (16, 9)
+    kernel = meets @ weight.permute(0, 2, 3, 1).reshape(o, 9, c)  # (O, 16, C)
+    kernel = kernel.view(o, 4, 4, c).permute(3, 0, 1, 2)  # (C, O, 4, 4)
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def fold_norm(

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import Embedded, sinusoidal
+from trilemma.networks.layers import Embedded, GroupNorm, attend, sinusoidal, upsample_conv
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(channels, groups=min(32, channels // 4))
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map (B, inputs, H, W), told by silu(e) (B, D), to (B, outputs, H, W)."""
         h = self.conv_in(F.silu(self.norm_in(x)))
-        h = h + self.shift(embedding)[:, :, None, None]
+        h = h + self.shift(embedding).float()[:, :, None, None]
         h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
         return self.skip(x) + h
 
@@ -57,9 +57,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the positions of a feature map, added to the input."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, head_channels: int | None) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels)
+        self.heads = 1 if head_channels is None else max(1, channels // head_channels)
         self.norm = _norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = _zero(nn.Linear(channels, channels))
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         h = self.qkv(h).view(b, height * width, 3, self.heads, c // self.heads)
         q, k, v = h.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, HW, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+        h = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
         return x + self.out(h).transpose(1, 2).view(b, c, height, width)
 
 
@@ -97,7 +97,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return upsample_conv(x, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):
@@ -115,7 +115,7 @@ class UNet(nn.Module):
         size: image size, which decides at which levels those are.
         patch: the network works on `patch` x `patch` pixels folded into channels.
         dropout: probability of dropping a feature inside residual blocks.
-        head_channels: channels of an attention head.
+        head_channels: channels of an attention head; one head if None, as in Ho et al.
         embedding_dim: width of the time embedding, and of `embedded.vector`; 4 * channels if None.
     """
 
@@ -130,7 +130,7 @@ class UNet(nn.Module):
         size: int = 32,
         patch: int = 1,
         dropout: float = 0.0,
-        head_channels: int = 64,
+        head_channels: int | None = None,
         embedding_dim: int | None = None,
     ) -> None:
         super().__init__()
