@@ -131,7 +131,7 @@ def data_check(
     if as_json:
         _say(report)
     else:
-        Console(highlight=False).print(data.describe(report))
+        print(data.describe(report))  # file names may hold what rich takes for markup
 
 
 @app.command()

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from trilemma.data.decode import Header, decode, read_header
 from trilemma.data.listing import Item, Listing, Source, Unusable
@@ -135,7 +138,9 @@ def _scan(
             return str(error)
 
     good, bad = [], dict(listing.unusable)
-    for item, result in zip(listing.items, _in_order(pool, look, listing.items), strict=True):
+    for item, result in zip(
+        listing.items, _in_order(pool, "reading pictures", look, listing.items), strict=True
+    ):
         if isinstance(result, Scanned):
             good.append(result)
         else:
@@ -148,13 +153,25 @@ def _digest(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _in_order(pool: ThreadPoolExecutor, function: Any, things: list[Any]) -> Iterator[Any]:
-    """Yield `function` of each thing, dealt out in handfuls to save hand-overs."""
+def _in_order(
+    pool: ThreadPoolExecutor, title: str, function: Any, things: list[Any]
+) -> Iterator[Any]:
+    """Yield `function` of each thing, dealt out in handfuls to save hand-overs.
+
+    Shows how far it is when there is much to do and somebody is looking.
+    """
 
     def several(some: list[Any]) -> list[Any]:
         return [function(thing) for thing in some]
 
-    for start in range(0, len(things), _WINDOW):
+    starts = track(
+        range(0, len(things), _WINDOW),
+        title,
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(things) < 8 * _WINDOW or not sys.stderr.isatty(),
+    )
+    for start in starts:
         window = things[start : start + _WINDOW]
         handfuls = [window[k : k + _HANDFUL] for k in range(0, len(window), _HANDFUL)]
         for results in pool.map(several, handfuls):
@@ -217,7 +234,9 @@ def _write(
     # The order and the channels are known when all is decoded: first 3 channels in reading order.
     raw = folder / "raw"
     with raw.open("wb") as stream:
-        for one, result in zip(scanned, _in_order(pool, pixels, scanned), strict=True):
+        for one, result in zip(
+            scanned, _in_order(pool, "decoding pictures", pixels, scanned), strict=True
+        ):
             if isinstance(result, str):
                 unusable[one.item.path] = result
                 continue
@@ -269,7 +288,7 @@ def _write(
 
 
 def _all_unusable(source: Source, unusable: dict[str, str]) -> str:
-    first = "; ".join(f"{path}: {reason}" for path, reason in list(unusable.items())[:3])
+    first = "; ".join(f"{path}: {reason}" for path, reason in list(unusable.items())[:10])
     return f"none of the {len(unusable)} picture files of {source.name} can be used: {first}"
 
 
