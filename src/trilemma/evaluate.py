@@ -86,6 +86,12 @@ def evaluate(
     images, sampling, cost = _images(what, n, seed, sample_options)
     real, held_out, trained_on = _real(data, split, training, tuple(images.shape[1:]), see)
     drawn = see(images)
+    dims = len(real.statistics.mean), drawn.pooled.shape[1]
+    if dims[0] != dims[1]:
+        raise UserError(
+            f"{data} has statistics of {dims[0]} numbers, and {see.name} gives {dims[1]}; take the "
+            "features that the file was made with"
+        )
     scores = score(drawn, real)
     if held_out is not None and trained_on is not None:
         scores["memorised"] = memorised(drawn.pooled, held_out, trained_on)

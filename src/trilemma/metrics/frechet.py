@@ -16,6 +16,7 @@ that is where a straightforward implementation loses its digits or turns complex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class Statistics:
     mean: Tensor
     covariance: Tensor
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """A (D, R) with A A^T = covariance, R its numerical rank."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
+        keep = values > floor
+        return vectors[:, keep] * values[keep].sqrt()
+
 
 def statistics(features: Tensor) -> Statistics:
     """Estimate the mean and covariance of features (N, D), N at least 2."""
@@ -44,19 +53,11 @@ def statistics(features: Tensor) -> Statistics:
     return Statistics(mean, x.T @ x / (len(x) - 1))
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """Return A (D, R) with A A^T = covariance (D, D), R its numerical rank."""
-    values, vectors = torch.linalg.eigh(covariance)
-    rank_floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
-    keep = values > rank_floor
-    return vectors[:, keep] * values[keep].sqrt()
-
-
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Return the squared Fréchet distance d^2 of two Gaussians, the number quoted as FID."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers are not alike")
-    cross = _factor(a.covariance).T @ _factor(b.covariance)  # (R_a, R_b)
+    cross = a.factor.T @ b.factor  # (R_a, R_b)
     overlap = torch.linalg.svdvals(cross).sum()
     distance = (a.mean - b.mean).square().sum()
     distance += a.covariance.trace() + b.covariance.trace() - 2 * overlap
