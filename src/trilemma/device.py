@@ -1,14 +1,16 @@
 """Which device, number format, memory layout and compilation pay on this hardware.
 
-A choice here changes speed and rounding only. What each is worth is measured in
-`docs/benchmarks.md` by the scripts in `benchmarks/`.
+A choice made here changes speed and rounding only. What each is worth is measured by the scripts in
+`benchmarks/`, their tables are in `docs/benchmarks.md`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import shutil
+import platform
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from torch import nn
@@ -17,16 +19,26 @@ from trilemma.errors import UserError
 
 log = logging.getLogger(__name__)
 
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def pick(name: str | None = None) -> torch.device:
-    """Return the named device, or the fastest here: CUDA, then Apple's MPS, then the CPU."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """Return the named device, or the fastest here: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    here = [kind for kind, count in counts.items() if count]
     if name is None:
-        return torch.device(next((kind for kind, here in present.items() if here), "cpu"))
-    kind = name.partition(":")[0]
-    if not present.get(kind, kind == "cpu"):
-        here = [kind for kind, is_here in present.items() if is_here] + ["cpu"]
-        raise UserError(f"device {name!r} is not available; this machine has {', '.join(here)}")
+        return torch.device(here[0])
+    kind, _, index = name.partition(":")
+    if kind not in here or (index and not (index.isdigit() and int(index) < counts[kind])):
+        raise UserError(f"device '{name}' is not there; this machine has {', '.join(here)}")
     return torch.device(name)
 
 
@@ -35,14 +47,14 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
 
     "auto" is bfloat16 where the processor multiplies in it, else float32.
     """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return named[precision]
+    if precision in FORMATS:
+        return FORMATS[precision]
     if precision != "auto":
-        raise UserError(f"precision {precision!r} is not one of auto, {', '.join(named)}")
+        raise UserError(f"precision '{precision}' is not known; use auto, {', '.join(FORMATS)}")
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
+        # AMX, the other way in which x86 multiplies bfloat16, comes with AVX512-BF16 always.
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -57,18 +69,63 @@ def channels_last(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
 
 
+def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move `module` to `device`, laid out in memory as pays there; return it.
+
+    Sets the process up too: TF32 for the float32 matrix products of CUDA, and memory that is kept
+    for the next step.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cpu":
+        _keep_memory()
+    module.to(device)
+    return module.to(memory_format=torch.channels_last) if channels_last(device, dtype) else module
+
+
+def _keep_memory() -> None:
+    """Let the C library keep freed memory: the next step will want as much again.
+
+    By default glibc hands blocks of megabytes back to the kernel when they are freed, and each new
+    one costs a page fault for every 4 kB: 5 to 10 percent of a training step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt's settings in malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def maybe_compile(module: nn.Module, mode: str, device: torch.device) -> nn.Module:
     """Compile `module` in place where it pays; `mode` is auto, on or off.
 
-    In place, so the names of its parameters stay. "auto" compiles on CUDA, and on a CPU with a
-    C++ compiler.
+    In place, so the names of its parameters stay; the work is done at the first call. "auto"
+    compiles on CUDA only: on a CPU a U-Net takes one to two minutes to compile for a gain of a
+    fifth at most, so there it is for long runs that ask. Where nothing can be compiled the module
+    runs as it is, and the log says why.
     """
     if mode not in ("auto", "on", "off"):
-        raise UserError(f"compile {mode!r} is not one of auto, on, off")
-    has_compiler = device.type == "cuda" or shutil.which("c++") or shutil.which("g++")
-    if mode == "on" or (mode == "auto" and device.type in ("cpu", "cuda") and has_compiler):
+        raise UserError(f"compile '{mode}' is not known; use auto, on or off")
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return module
+    trouble = _compiler_trouble(device)
+    if trouble is None:
         module.compile()
+    else:
+        log.warning("not compiled, so slower: %s; compile=off silences this", trouble)
     return module
+
+
+@cache
+def _compiler_trouble(device: torch.device) -> str | None:
+    """Compile something small on `device`; return why that fails, or None."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def synchronize(device: torch.device) -> None:
