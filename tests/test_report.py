@@ -70,7 +70,7 @@ def example(folder, count=3, failed=()):
         sheets.save(shapes(60, 28, i + 1), 10, folder / "images" / f"{i}-samples.png")
         sheets.save(shapes(24, 28, i + 90), 4, folder / "images" / f"{i}-near.png", lead=True)
         models.append({
-            "name": name, "recipe": name, "family": "a family",
+            "name": name, "recipe": name, "conditional": i != 4, "family": "a family",
             "summary": "what it is", "paper": "",
             "training": {"seconds": 180.0, "images": 61_000 * (i + 1), "steps": 480 * (i + 1),
                          "images_per_second": 61_000 * (i + 1) / 180},

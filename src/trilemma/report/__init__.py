@@ -122,9 +122,18 @@ def _judged(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for axis in AXES
     ]
     data = report["data"]
-    sheets = [{"name": "real pictures", "css": "", **_image(folder, data["sheet"])}]
+    columns = data["columns"]
+    sheets = [
+        {"name": "real pictures", "css": "", "columns": columns, **_image(folder, data["sheet"])}
+    ]
     sheets += [
-        {"name": m["name"], "css": f"m{m['index']}", **_image(folder, m["sheet"])} for m in models
+        {
+            "name": m["name"],
+            "css": f"m{m['index']}",
+            "columns": columns if m["conditional"] else [],
+            **_image(folder, m["sheet"]),
+        }
+        for m in models
     ]
     neighbours = [
         {

@@ -14,6 +14,11 @@ from trilemma.report.scales import number, values
 
 AXES = ("quality", "coverage", "speed")
 _LEVEL_SPEED = 1.1
+_PHRASES = (
+    ("draws best", "draw best"),
+    ("covers most", "cover most"),
+    ("is fastest", "are fastest"),
+)
 
 
 def choose(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +35,20 @@ def choose(report: Mapping[str, Any]) -> dict[str, Any]:
         "speed": _speed(models),
         "overall": _overall(models),
     }
+
+
+def headline(choice: Mapping[str, Any], models: Sequence[Mapping[str, Any]], data: str) -> str:
+    """Return the report's title: what was found, in a sentence."""
+    if len(models) == 1:
+        return f"{models[0]['name']} on {data}"
+    leaders = [choice[axis]["models"] for axis in AXES]
+    if leaders[0] == leaders[1] == leaders[2]:
+        verb = "leads" if len(leaders[0]) == 1 else "lead"
+        return f"{_join(leaders[0])} {verb} in quality, coverage and speed"
+    phrases: dict[tuple[str, ...], list[str]] = {}
+    for names, (one, many) in zip(leaders, _PHRASES, strict=True):
+        phrases.setdefault(tuple(names), []).append(one if len(names) == 1 else many)
+    return "; ".join(f"{_join(list(n))} {_join(said)}" for n, said in phrases.items())
 
 
 def differ(axis: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

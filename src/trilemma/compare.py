@@ -1,0 +1,411 @@
+"""Several recipes, the same pictures, one budget: which generator costs what.
+
+Every recipe is trained into its own run folder inside `out`, judged by the same protocol, and told
+of in one report. A comparison that was interrupted goes on where it was: finished trainings and
+finished scores are kept. A recipe that fails is listed with its error and does not lose the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trilemma import __version__, checkpoint, device, recipe, report
+from trilemma import data as pictures
+from trilemma.data import Dataset
+from trilemma.errors import UserError
+from trilemma.judge import Judge
+from trilemma.report import choice, scales
+from trilemma.sample import Trained
+from trilemma.train import train
+
+STEPS = (5, 10, 20, 50)
+_OWN_FOLDERS = ("images", "scores")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the models of a comparison have in common; it cannot change on the way.
+
+    Attributes:
+        data: the data set's name or path.
+        shape: (C, H, W) of a picture.
+        fingerprint: of its training pictures.
+        equal: `time` or `images`.
+        budget: seconds of training, when time is equal.
+        images: training images, when these are equal.
+        seed: of everything random.
+        overrides: changes to every recipe.
+    """
+
+    data: str
+    shape: list[int]
+    fingerprint: str
+    equal: str
+    budget: float | None
+    images: int | None
+    seed: int
+    overrides: list[str]
+
+
+def compare(
+    recipes: Sequence[str],
+    data: str | Path,
+    *,
+    out: str | Path,
+    budget: float | None = None,
+    equal: str = "time",
+    images: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    n: int = 2000,
+    features: str = "lite0",
+    probes: int = 4,
+    steps: Sequence[int] = STEPS,
+    overrides: Sequence[str] = (),
+    device_name: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train recipes under one budget, judge them alike, and write the report.
+
+    Writes `report.html`, `report.json` and `trilemma.png` into `out`, beside a run folder for each
+    recipe. Called again with the same request it goes on where it was; recipes can be added.
+
+    Args:
+        recipes: packaged recipes or recipe files.
+        data: a named data set, or a folder or zip of pictures.
+        out: the folder of the comparison.
+        budget: seconds of training for each, with `equal="time"`.
+        equal: `time`: the same seconds for each; `images`: the same number of training images.
+        images: training images for each, with `equal="images"`.
+        size: height and width of the pictures; None keeps theirs where that can be.
+        seed: of training and of the drawn pictures.
+        n: pictures that each model draws to be judged.
+        features: what judges them, as for `evaluate`.
+        probes: how often a model is scored while it trains, on fewer pictures.
+        steps: numbers of steps at which models that draw in steps are scored.
+        overrides: `section.key=value` changes to every recipe.
+        device_name: `cpu`, `cuda` or `mps`; None picks the fastest there is.
+        quiet: show nothing.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        UserError: a recipe, budget or data that cannot be used, another comparison in `out`, or
+            no recipe that came to an end.
+        Interrupted: by Ctrl-C or SIGTERM; call again to go on.
+    """
+    out = Path(out)
+    screen = Console(stderr=True, quiet=quiet, highlight=False)
+    _check_length(equal, budget, images)
+    specs = _specs(recipes, overrides)
+    multiple = math.lcm(*(spec.get("data", {}).get("multiple", 1) for spec in specs.values()))
+    training = pictures.load(data, split="train", size=size, multiple=multiple)
+    held_out = pictures.load(data, split="test", size=training.shape[1], multiple=multiple)
+    request = Request(
+        str(data), list(training.shape), training.fingerprint, equal, budget, images, seed,
+        list(overrides),
+    )  # fmt: skip
+    judge = Judge(
+        training, held_out, out, n=n, features=features, seed=seed, steps=steps,
+        device_name=device_name,
+    )  # fmt: skip
+    _agree(out, request)
+    models, failed = [], []
+    for place, (name, spec) in enumerate(specs.items()):
+        try:
+            key = {"recipe": spec, "protocol": judge.protocol}
+            entry = _kept(out, name, key)
+            if entry is None:
+                screen.print(f"[bold]{name}[/], {place + 1} of {len(specs)}: training")
+                trained = _trained(
+                    recipes[place], out / name, training, request, judge, probes, device_name, quiet
+                )
+                screen.print(f"[bold]{name}[/], {place + 1} of {len(specs)}: judging")
+                with screen.status("drawing pictures and looking at them"):
+                    entry = {
+                        **_facts(trained),
+                        **judge.full(trained),
+                        "probes": _probes(trained, judge) if probes else [],
+                    }
+                _write(out / "scores" / f"{name}.json", {"key": key, "entry": entry})
+            models.append(entry | {"commands": _commands(name, recipes[place], request, out)})
+        except Exception as error:
+            failed.append({"name": name, "error": _told(error, out / f"{name}-error.txt")})
+            screen.print(f"{name} failed: {failed[-1]['error']}", style="red", markup=False)
+    if not models:
+        raise UserError(f"no recipe came to an end; {failed[0]['name']}: {failed[0]['error']}")
+    made: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "trilemma": __version__,
+        "created": time.strftime("%Y-%m-%d %H:%M"),
+        "title": "",
+        "request": {**asdict(request), "recipes": list(specs), "n": n, "probe_n": judge.probe_n},
+        "machine": _machine(device_name),
+        "data": judge.data(),
+        "protocol": judge.told(),
+        "reference": judge.reference(),
+        "models": models,
+        "failed": failed,
+        "commands": [_again(recipes, request, n, out)],
+    }
+    made["choice"] = choice.choose(made)
+    made["title"] = choice.headline(made["choice"], models, Path(training.name).name)
+    page = report.write(made, out)
+    screen.print(summary(made))
+    screen.print(f"the report: {page}", soft_wrap=True)
+    return made
+
+
+def summary(made: dict[str, Any]) -> Table:
+    """Return the main numbers of a report as a table for the terminal."""
+    table = Table(title=made["title"], title_justify="left", box=None, header_style="bold")
+    distance = made["protocol"]["distance"]
+    for title in ("model", f"{distance} (lower)", "coverage (higher)", "pictures/s (higher)"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    _, coverage, _ = scales.axes(made)
+    for model in made["models"]:
+        written = (
+            ("quality", scales.number(model["scores"]["fd"])),
+            ("coverage", coverage.write(model["scores"]["coverage"])),
+            ("speed", scales.number(model["speed"]["images_per_second"])),
+        )
+        best = made["choice"]
+        cells = [
+            f"[bold green]{text}[/]" if model["name"] in best[axis]["models"] else text
+            for axis, text in written
+        ]
+        table.add_row(model["name"], *cells)
+    real = made["reference"]
+    table.add_row(
+        "real pictures", scales.number(real["fd"]), coverage.write(real["coverage"]), "–",
+        style="dim",
+    )  # fmt: skip
+    for entry in made["failed"]:
+        table.add_row(entry["name"], "failed", "", "", style="red")
+    return table
+
+
+def _check_length(equal: str, budget: float | None, images: int | None) -> None:
+    if equal not in ("time", "images"):
+        raise UserError(f"equal is '{equal}'; expected time or images")
+    given = {"budget": budget, "images": images}
+    wanted, other = ("budget", "images") if equal == "time" else ("images", "budget")
+    value = given[wanted]
+    if value is None or value <= 0 or given[other] is not None:
+        raise UserError(
+            f"a comparison at equal {equal} needs --{wanted} above 0, and no --{other}: such as "
+            f"{'--budget 10m' if equal == 'time' else '--equal images --images 500k'}"
+        )
+
+
+def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe.Recipe]:
+    """Return each recipe under its name, which its run folder bears too."""
+    if not recipes:
+        raise UserError(f"name the recipes to compare: {', '.join(recipe.names())}")
+    specs: dict[str, recipe.Recipe] = {}
+    for given in recipes:
+        name = Path(given).stem
+        if name in _OWN_FOLDERS:
+            raise UserError(f"a recipe cannot be called '{name}' here: that is the report's folder")
+        if name in specs:
+            raise UserError(f"two recipes are called '{name}'; give each once, under its own name")
+        specs[name] = recipe.override(recipe.load(given), overrides)
+    return specs
+
+
+def _agree(out: Path, request: Request) -> None:
+    """Write the request into `out`, or check that it is the one already there."""
+    path = out / "comparison.json"
+    new = asdict(request)
+    if path.exists():
+        old = json.loads(path.read_text("utf-8"))
+        for key, value in new.items():
+            if old.get(key) != value:
+                told = f"{key} was {old.get(key)} and is {value} now"
+                if key == "fingerprint":
+                    told = "the pictures have changed"
+                raise UserError(
+                    f"{out} holds another comparison: {told}; ask for the same again to go on with "
+                    f"it, or take another --out"
+                )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no comparison; take another --out")
+    else:
+        _write(path, new)
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write JSON, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def _kept(out: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a model's finished entry, if it was made from this recipe by this protocol."""
+    path = out / "scores" / f"{name}.json"
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    entry = kept["entry"]
+    whole = all((out / entry[sheet]["path"]).exists() for sheet in ("sheet", "neighbours"))
+    return entry if whole and kept["key"] == json.loads(json.dumps(key)) else None
+
+
+def _trained(
+    given: str,
+    folder: Path,
+    training: Dataset,
+    request: Request,
+    judge: Judge,
+    probes: int,
+    device_name: str | None,
+    quiet: bool,
+) -> Trained:
+    """Train a recipe to the end of its budget, or go on with it; a finished one is only loaded."""
+    saved = folder / "model.safetensors"
+    if saved.exists():
+        length = checkpoint.read(saved)[1]["recipe"]["run"]["length"]
+        if length not in ({"seconds": request.budget}, {"images": request.images}):
+            told = ", ".join(f"{value:g} {unit}" for unit, value in length.items())
+            raise UserError(
+                f"{folder} was trained on to {told}, which is not what the others had; move it "
+                f"away to train it anew, or compare in another --out"
+            )
+    return train(
+        given,
+        training,
+        out=folder,
+        budget=request.budget,
+        images=request.images,
+        seed=request.seed,
+        overrides=request.overrides,
+        resume=(folder / "training").exists(),
+        device_name=device_name,
+        probe=judge.probe,
+        probes=probes,
+        quiet=quiet,
+    )
+
+
+def _told(error: Exception, path: Path) -> str:
+    """Return one line on an error; the traceback of one that is not the user's goes to a file."""
+    if isinstance(error, UserError | ValueError | OSError):
+        return str(error)
+    path.write_text("".join(traceback.format_exception(error)), "utf-8")
+    line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {line} (the traceback is in {path})"
+
+
+def _facts(trained: Trained) -> dict[str, Any]:
+    about, progress = trained.recipe.get("about", {}), trained.progress
+    return {
+        "name": trained.name,
+        "conditional": trained.conditional,
+        "family": about.get("family", ""),
+        "summary": about.get("summary", ""),
+        "paper": about.get("paper", ""),
+        "training": {
+            "seconds": progress["elapsed"],
+            "images": progress["seen"],
+            "steps": progress["step"],
+            "images_per_second": progress["seen"] / progress["elapsed"],
+        },
+    }
+
+
+def _probes(trained: Trained, judge: Judge) -> list[dict[str, Any]]:
+    """Return the scores while training, from the run's log; the last is taken now if need be."""
+    log = Path(trained.path or ".") / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    found = [(line["elapsed"], line["seen"], line["probe"]) for line in lines if "probe" in line]
+    progress = trained.progress
+    if not found or found[-1][1] < progress["seen"]:  # killed between the end and its probe
+        last = judge.probe(trained, progress["elapsed"])
+        found.append((progress["elapsed"], progress["seen"], last))
+    return [
+        {"seconds": seconds, "images": images, **probe}
+        for seconds, images, probe in found
+        if "skipped" not in probe
+    ]
+
+
+def _command(words: Sequence[str | Path], request: Request) -> str:
+    told = ["trilemma", *words, "--data", request.data]
+    return shlex.join(str(word) for word in told)
+
+
+def _training_options(request: Request, times: int) -> str:
+    if request.budget is not None:
+        seconds = math.ceil(times * request.budget)
+        length = f"--budget {seconds // 60}m" if seconds % 60 == 0 else f"--budget {seconds}s"
+    else:
+        length = f"--images {times * (request.images or 0)}"
+    changes = "".join(f" --set {shlex.quote(change)}" for change in request.overrides)
+    return f" --size {request.shape[1]} --seed {request.seed} {length}{changes}"
+
+
+def _commands(name: str, given: str, request: Request, out: Path) -> list[dict[str, str]]:
+    """Return what to do next with a model."""
+    folder = out / name
+    return [
+        {
+            "what": "Train it on, to ten times the length",
+            "command": _command(["train", given, "--out", folder, "--resume"], request)
+            + _training_options(request, 10),
+        },
+        {
+            "what": "Draw 64 pictures",
+            "command": shlex.join(
+                ["trilemma", "sample", str(folder), "-n", "64", "--out", f"{folder}-pictures"]
+            ),
+        },
+        {
+            "what": "Score it again",
+            "command": _command(["evaluate", folder], request),
+        },
+    ]
+
+
+def _again(recipes: Sequence[str], request: Request, n: int, out: Path) -> dict[str, str]:
+    equal = [] if request.equal == "time" else ["--equal", "images"]
+    words = ["compare", *recipes, *equal, "--n", str(n), "--out", f"{out}-longer"]
+    options = _training_options(request, 10)
+    return {
+        "what": "The same comparison, ten times as long",
+        "command": _command(words, request) + options,
+    }
+
+
+def _machine(device_name: str | None) -> dict[str, Any]:
+    where = device.pick(device_name)
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text("utf-8").splitlines()
+        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = named[0] if named else processor
+    if where.type == "cuda":
+        processor = torch.cuda.get_device_name(where)
+    return {
+        "device": where.type,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

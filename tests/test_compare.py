@@ -1,0 +1,264 @@
+"""The comparison, on real but tiny models: what it writes, keeps, refuses and survives."""
+
+import json
+import os
+import shlex
+import signal
+
+import numpy as np
+import pytest
+import tomli_w
+
+import tiny
+from trilemma import compare as comparing
+from trilemma import recipe, report
+from trilemma.compare import compare
+from trilemma.errors import Interrupted, UserError
+from trilemma.judge import Judge
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of pictures, and tiny recipes beside it, as the working directory."""
+    root = tmp_path_factory.mktemp("compare")
+    tiny.pictures(root / "photos", count=160)
+    for name in ("quick-vae", "quick-gan", "flow-matching"):
+        small = recipe.override(recipe.load(name), tiny.overrides(name))
+        (root / f"{name}-small.toml").write_text(tomli_w.dumps(small))
+    (root / "broken.toml").write_text('[model]\ntype = "models.gan.Nothing"\n')
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+VAE, GAN, FLOW = "quick-vae-small.toml", "quick-gan-small.toml", "flow-matching-small.toml"
+SMALL = {
+    "equal": "images", "images": 32, "n": 50, "features": "pixels", "probes": 2, "steps": [2, 3],
+    "quiet": True, "device_name": "cpu",
+}  # fmt: skip
+
+
+def run(out, recipes=(VAE,), **changes):
+    return compare(list(recipes), "photos", out=out, **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A finished comparison of two models and one that fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return run("all", [VAE, FLOW, "broken.toml"])
+
+
+def test_report_holds_everything(finished, folder):
+    assert json.loads((folder / "all" / "report.json").read_text()) == finished
+    for file in ("report.html", "trilemma.png"):
+        assert (folder / "all" / file).stat().st_size > 1000
+    assert [m["name"] for m in finished["models"]] == ["quick-vae-small", "flow-matching-small"]
+    assert finished["title"] and finished["choice"]["quality"]["sentence"]
+    assert finished["reference"]["coverage"] > 0.5
+    for model in finished["models"]:
+        assert model["training"]["images"] == 32
+        assert 0 <= model["scores"]["coverage"] <= 1 and model["scores"]["fd"] > 0
+        assert np.isfinite(list(model["noise"].values())).all() and model["noise"]["fd"] > 0
+        assert model["speed"]["images_per_second"] > 0 and model["speed"]["calls"] >= 1
+        assert [p["images"] for p in model["probes"]] == [16, 32]
+        assert (folder / "all" / model["sheet"]["path"]).exists()
+        assert (folder / "all" / model["neighbours"]["path"]).exists()
+    vae, flow = finished["models"]
+    assert vae["steps"] == []
+    assert [row["steps"] for row in flow["steps"]] == [2, 3, 50]
+    assert [row["calls"] for row in flow["steps"]] == [2, 3, 50]
+    assert flow["protocol"]["solver"] == "euler"
+
+
+def test_failed_recipe_is_listed_and_does_not_lose_the_others(finished, folder):
+    (failed,) = finished["failed"]
+    assert failed["name"] == "broken" and "models.gan.Nothing" in failed["error"]
+    assert failed["error"] in (folder / "all" / "report.html").read_text().replace("&#39;", "'")
+
+
+def test_last_probe_agrees_with_the_quick_score_of_the_same_pictures(finished):
+    flow = finished["models"][1]
+    own = next(row for row in flow["steps"] if row["steps"] == 50)
+    assert flow["probes"][-1]["fd"] == pytest.approx(own["fd"], rel=1e-6)
+
+
+def test_finished_work_is_kept(finished, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("trained or judged again")
+
+    monkeypatch.setattr(comparing, "train", never)
+    monkeypatch.setattr(Judge, "full", never)
+    again = run("all", [VAE, FLOW])
+    assert again["models"] == finished["models"] and again["failed"] == []
+
+
+def test_more_pictures_are_judged_without_training_again(finished, monkeypatch):
+    before = comparing.train
+    seen = []
+
+    def watched(*arguments, **options):
+        trained = before(*arguments, **options)
+        seen.append((options["resume"], trained.progress["seen"]))
+        return trained
+
+    monkeypatch.setattr(comparing, "train", watched)
+    more = run("all", [VAE], n=60)
+    assert seen == [(True, 32)] and more["request"]["n"] == 60
+    assert more["models"][0]["training"] == finished["models"][0]["training"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"seed": 1}, "seed was 0 and is 1"), ({"images": 64}, "images was 32 and is 64"),
+     ({"size": 8}, "shape"), ({"equal": "time", "images": None, "budget": 5.0}, "equal"),
+     ({"overrides": ["train.clip=2"]}, "overrides")],
+)  # fmt: skip
+def test_another_request_is_refused(finished, changes, told):
+    with pytest.raises(UserError, match=f"{told}.*take another --out"):
+        run("all", **changes)
+
+
+def test_changed_pictures_are_refused(tmp_path):
+    pictures = tiny.pictures(tmp_path / "mine", count=160)
+    compare([VAE], pictures, out=tmp_path / "out", **SMALL)
+    tiny.pictures(pictures, count=170)
+    with pytest.raises(UserError, match="the pictures have changed"):
+        compare([VAE], pictures, out=tmp_path / "out", **SMALL)
+
+
+def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
+    probe, calls = Judge.probe, []
+
+    def stop(judge, trained, elapsed):
+        calls.append(trained.name)
+        if len(calls) == 3:  # in the middle of the second training
+            os.kill(os.getpid(), signal.SIGTERM)
+        return probe(judge, trained, elapsed)
+
+    monkeypatch.setattr(Judge, "probe", stop)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", [VAE, GAN])
+    assert not (tmp_path / "out" / "report.html").exists()
+    monkeypatch.setattr(Judge, "probe", probe)
+    resumed = []
+    train = comparing.train
+    monkeypatch.setattr(
+        comparing, "train", lambda *a, **o: (resumed.append((a[0], o["resume"])), train(*a, **o))[1]
+    )
+    made = run(tmp_path / "out", [VAE, GAN])
+    assert resumed == [(GAN, True)]
+    whole = run(tmp_path / "whole", [VAE, GAN])
+    for one, other in zip(made["models"], whole["models"], strict=True):
+        assert one["scores"] == other["scores"]  # bit for bit the same model
+        assert [p["images"] for p in one["probes"]] == [16, 32]
+
+
+def test_kill_before_the_last_probe_is_made_good(tmp_path):
+    made = run(tmp_path / "out")
+    log = tmp_path / "out" / "quick-vae-small" / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if '"probe"' in line)
+    log.write_text("".join(lines[:last]))
+    (tmp_path / "out" / "scores" / "quick-vae-small.json").unlink()
+    again = run(tmp_path / "out")
+    assert again["models"][0]["probes"] == made["models"][0]["probes"]
+
+
+def test_run_that_was_trained_on_is_not_compared(tmp_path):
+    run(tmp_path / "out", [VAE, GAN])
+    comparing.train(VAE, "photos", out=tmp_path / "out" / "quick-vae-small", images=64,
+                    resume=True, quiet=True, device_name="cpu")  # fmt: skip
+    made = run(tmp_path / "out", [VAE, GAN])
+    assert len(made["models"]) == 2, "finished scores are kept"
+    made = run(tmp_path / "out", [VAE, GAN], n=60)
+    assert [m["name"] for m in made["models"]] == ["quick-gan-small"]
+    assert "64 images" in made["failed"][0]["error"]
+
+
+def test_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch):
+    train = comparing.train
+
+    def breaks(name, *arguments, **options):
+        if name == GAN:
+            raise ZeroDivisionError("by nothing")
+        return train(name, *arguments, **options)
+
+    monkeypatch.setattr(comparing, "train", breaks)
+    made = run(tmp_path / "out", [GAN, VAE])
+    assert [m["name"] for m in made["models"]] == ["quick-vae-small"]
+    assert made["failed"][0]["error"].startswith("ZeroDivisionError: by nothing")
+    assert "breaks" in (tmp_path / "out" / "quick-gan-small-error.txt").read_text()
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no recipe came to an end; broken: .*Nothing"):
+        run(tmp_path / "out", ["broken.toml"])
+
+
+@pytest.mark.parametrize(
+    ("recipes", "changes", "told"),
+    [([], {}, "name the recipes"), ([VAE, VAE], {}, "two recipes are called"),
+     (["no-such"], {}, "no recipe 'no-such'"), ([VAE], {"n": 10}, "at least 50"),
+     ([VAE], {"images": None}, "needs --images"), ([VAE], {"budget": 60.0}, "no --budget"),
+     ([VAE], {"equal": "luck"}, "time or images"), ([VAE], {"features": "luck"}, "luck")],
+)  # fmt: skip
+def test_wrong_use_is_told(tmp_path, recipes, changes, told):
+    with pytest.raises(UserError, match=told):
+        run(tmp_path / "out", recipes, **changes)
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+
+
+def test_other_folder_is_not_written_into(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds no comparison"):
+        run(tmp_path)
+
+
+def test_too_few_pictures_to_judge_by(tmp_path):
+    pictures = tiny.pictures(tmp_path / "few", count=12)
+    with pytest.raises(UserError, match="at least 10 are needed"):
+        compare([VAE], pictures, out=tmp_path / "out", **SMALL)
+
+
+def test_slow_probe_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("trilemma.judge.PATIENCE", 0.0)
+    made = run(tmp_path / "out")
+    assert made["models"][0]["probes"] == []
+    assert "Quality while training" not in report.render(made, tmp_path / "out")
+
+
+def test_commands_go_on_from_there(finished, capsys):
+    """The report's own commands, run as they are but for the length."""
+    from typer.testing import CliRunner
+
+    from trilemma.cli import app
+
+    commands = [c["command"] for c in finished["models"][0]["commands"]]
+    assert [shlex.split(c)[1] for c in commands] == ["train", "sample", "evaluate"]
+    for command in commands:
+        words = shlex.split(command.replace("--images 320", "--images 40"))[1:]
+        words += ["--features", "pixels", "--n", "60"] if words[0] == "evaluate" else []
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+
+
+@pytest.mark.slow
+def test_command_line_on_fashion(tmp_path):
+    """`trilemma compare` at ten seconds each, with the real features."""
+    from typer.testing import CliRunner
+
+    from trilemma.cli import app
+
+    words = ["compare", "quick-vae", "quick-gan", "--data", "fashion", "--budget", "10s"]
+    result = CliRunner().invoke(app, [*words, "--n", "200", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {m["name"] for m in made["models"]} == {"quick-vae", "quick-gan"}
+    assert made["protocol"]["distance"] == "FD-Lite0"
