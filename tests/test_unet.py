@@ -136,3 +136,74 @@ def test_group_norm_counts_in_float32():
     out = norm(x)
     assert out.dtype == torch.float32
     assert torch.allclose(out.double().view(2, 2, -1), expected, atol=1e-3)
+
+
+def renamed(name):
+    """The name in diffusers' UNet2DModel of a parameter of our network of two levels."""
+    where = {
+        "down.0": "down_blocks.0.resnets.0",
+        "down.1": "down_blocks.0.downsamplers.0.conv",
+        "down.2": "down_blocks.1.resnets.0",
+        "middle.0": "mid_block.resnets.0",
+        "middle.1": "mid_block.resnets.1",
+        "up.0": "up_blocks.0.resnets.0",
+        "up.1": "up_blocks.0.resnets.1",
+        "up.2": "up_blocks.0.upsamplers.0",
+        "up.3": "up_blocks.1.resnets.0",
+        "up.4": "up_blocks.1.resnets.1",
+        "time.0": "time_embedding.linear_1",
+        "time.2": "time_embedding.linear_2",
+        "norm_out": "conv_norm_out",
+    }
+    part = {
+        "norm_in": "norm1",
+        "conv_in": "conv1",
+        "shift": "time_emb_proj",
+        "norm_out": "norm2",
+        "conv_out": "conv2",
+        "skip": "conv_shortcut",
+    }
+    for ours, theirs in where.items():
+        if name.startswith(ours + "."):
+            rest = name[len(ours) + 1 :]
+            if rest.startswith("attention."):
+                theirs = theirs.replace("resnets", "attentions")
+                rest = rest.removeprefix("attention.").replace("norm.", "group_norm.")
+                return f"{theirs}.{rest}".replace(".out.", ".to_out.0.")
+            head, _, tail = rest.removeprefix("block.").partition(".")
+            return f"{theirs}.{part.get(head, head)}.{tail}".rstrip(".")
+    return name
+
+
+@pytest.mark.slow
+def test_parity_with_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+        norm_eps=1e-6,
+    )
+    ours = small(head_channels=8)
+    for module in ours.modules():
+        if isinstance(module, GroupNorm):
+            module.groups = 4
+    state = {}
+    for name, value in ours.state_dict().items():
+        name = renamed(name)
+        if ".qkv." in name:
+            for key, third in zip("qkv", value.chunk(3), strict=True):
+                state[name.replace("qkv", f"to_{key}")] = third
+        else:
+            state[name] = value
+    theirs.load_state_dict(state)
+    x, time = torch.randn(2, 3, 8, 8), torch.tensor([0.0, 0.75])
+    expected = theirs(x, 1000 * time).sample
+    assert expected.std() > 0.1
+    assert torch.allclose(ours(x, time), expected, atol=1e-5)
