@@ -13,6 +13,8 @@ from PIL import Image
 
 from trilemma import cli
 
+NAME = "flow-matching"  # knows classes
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -41,7 +43,7 @@ def trained(folder, tmp_path_factory):
     from trilemma.training import train
 
     out = tmp_path_factory.mktemp("runs") / "run"
-    train("ddpm", folder, out=out, steps=2, overrides=tiny.overrides("ddpm"), quiet=True)
+    train(NAME, folder, out=out, steps=2, overrides=tiny.overrides(NAME), quiet=True)
     return out
 
 

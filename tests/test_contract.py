@@ -8,13 +8,11 @@ import os
 import signal
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
-from trilemma import recipe
-from trilemma import sample as sampling
-from trilemma import train as training
+import tiny
+from trilemma import recipe, sampling, training
 from trilemma.data import batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trilemma import evaluate as evaluation
-from trilemma import sample as sampling
+from trilemma import evaluation, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
-from trilemma.evaluate import describe, evaluate, nearest_neighbours, same_protocol, title
+from trilemma.evaluation import describe, evaluate, nearest_neighbours, same_protocol, title
 from trilemma.metrics import reference as references
 from trilemma.metrics.features import Extractor, Features, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics

@@ -12,7 +12,7 @@ from torch import nn
 
 from trilemma import data
 from trilemma.errors import UserError
-from trilemma.evaluate import frechet
+from trilemma.evaluation import frechet
 from trilemma.metrics.features import _resize_tensorflow, extractor
 from trilemma.networks.efficientnet import EfficientNetLite0
 from trilemma.networks.inception import InceptionV3

@@ -11,11 +11,10 @@ import sys
 import time
 
 import pytest
-import tiny
 import torch
 
-from trilemma import checkpoint
-from trilemma import train as training
+import tiny
+from trilemma import checkpoint, training
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 

@@ -24,10 +24,6 @@ SMALL: dict[str, dict] = {
         "attention": [8],
         "dropout": 0.0,
     },
-    "networks.convnet.Encoder": {"channels": 8},
-    "networks.convnet.Decoder": {"channels": 8},
-    "networks.dcgan.Generator": {"channels": 8},
-    "networks.dcgan.Critic": {"channels": 8},
 }
 
 

@@ -158,7 +158,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a recipe on pictures."""
-    from trilemma.train import train as run
+    from trilemma.training import train as run
 
     trained = run(
         recipe,
@@ -200,12 +200,12 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a trained model, as numbered PNGs and a grid."""
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
     from rich.progress import track
 
-    from trilemma import sample as sampling
+    from trilemma import sampling
 
     trained = sampling.load(run, device)
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
     paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
@@ -218,7 +218,7 @@ def sample(
 def evaluate(
     what: Annotated[Path, typer.Argument(help="A run, a folder or zip of pictures, or an .npz.")],
     data: Data,
-    n: Annotated[int, typer.Option(min=2, help="Pictures to draw and to compare with.")] = 5000,
+    n: Annotated[int, typer.Option(min=2, help="Pictures to draw.")] = 5000,
     split: Annotated[str, typer.Option(help="The part of the data to compare with.")] = "test",
     features: Annotated[
         str, typer.Option(help="lite0, pixels, or inception:FILE (weights of the original FID).")
@@ -232,8 +232,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure quality, coverage, memorisation and speed against real pictures."""
-    from trilemma import evaluate as evaluation
-    from trilemma import sample as sampling
+    from trilemma import evaluation, sampling
 
     chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
     chosen = {key: value for key, value in chosen.items() if value is not None}

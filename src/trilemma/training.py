@@ -24,7 +24,7 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from trilemma import __version__, checkpoint, device, distributed, recipe, sample
+from trilemma import __version__, checkpoint, device, distributed, recipe, sampling
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
@@ -32,7 +32,7 @@ from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
 from trilemma.model import Losses, Model, Phase
 from trilemma.optim import OPTIMIZERS
-from trilemma.sample import Trained
+from trilemma.sampling import Trained
 
 PATIENCE = 5  # non-finite steps in a row before a run gives up
 SHOW_EVERY = 0.5  # seconds between updates of the progress bar
@@ -188,7 +188,7 @@ def train(
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
     if init is not None:
-        start_from(model, sample.load(init, "cpu").model, str(init))
+        start_from(model, sampling.load(init, "cpu").model, str(init))
     model.to(where)
     if device.channels_last(where, device.dtype(settings.precision, where)):
         model.to(memory_format=torch.channels_last)
@@ -447,7 +447,7 @@ class Run:
         n = 100 if trained.conditional else 64
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
-        sheet = sample.grid(trained.sample(n), 10 if trained.conditional else 8)
+        sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)
         sheet.save(folder / f"{self.progress.seen:09d}.png")
 
     def trained(self) -> Trained:

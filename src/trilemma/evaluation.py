@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trilemma import data as pictures
-from trilemma import sample
+from trilemma import sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -32,7 +32,7 @@ from trilemma.metrics.reading import read_images
 from trilemma.metrics.reference import Reference
 from trilemma.metrics.sliced import sliced_wasserstein
 from trilemma.metrics.speed import speed
-from trilemma.sample import Trained
+from trilemma.sampling import Trained
 
 FEW = 2000  # drawn images below which scores are said to be rough
 LIMIT = 50_000  # real images that the Fréchet distance looks at
@@ -221,7 +221,7 @@ def _images(
     if isinstance(what, str | Path):
         path = Path(what)
         if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
-            what = sample.load(path)
+            what = sampling.load(path)
     if isinstance(what, Trained):
         return _draw(what, n, seed, options)
     if options:
