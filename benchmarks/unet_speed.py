@@ -180,17 +180,15 @@ def main() -> None:
     print(f"| matrix product 4096x2304x256 | {matrix_rate(torch.bfloat16) / 1e9:.0f} |")
     peak = convolution_rate(torch.bfloat16)
     print(f"| 3x3 convolution, 256 channels at 16x16 | {peak / 1e9:.0f} |")
-    plain = sides[1]
-    for side in (sides[2],):
-        done = dict(zip(("train", "denoise"), operations(side, batch), strict=True))
-        asked = dict(zip(("train", "denoise"), operations(plain, batch), strict=True))
-        for kind, word in (("train", "training"), ("denoise", "denoising")):
-            speed = done[kind] / median[kind, side.name]
-            print(
-                f"| {side.name}, {word}: {done[kind] / 1e9:.0f} of the plain network's "
-                f"{asked[kind] / 1e9:.0f} billion operations a batch | {speed / 1e9:.0f}, "
-                f"{speed / peak:.0%} of the convolution |"
-            )
+    own = sides[2]
+    for kind, word, count in zip(
+        ("train", "denoise"), ("training", "denoising"), operations(own, batch), strict=True
+    ):
+        speed = count / median[kind, own.name]
+        print(
+            f"| ours, {word}: {count / 1e9:.0f} billion operations a batch | {speed / 1e9:.0f}, "
+            f"{speed / peak:.0%} of the convolution |"
+        )
 
 
 if __name__ == "__main__":
