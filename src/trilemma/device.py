@@ -81,7 +81,9 @@ def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
     if device.type == "cpu":
         _keep_memory()
     module.to(device)
-    return module.to(memory_format=torch.channels_last) if channels_last(device, dtype) else module
+    if channels_last(device, dtype):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 def _keep_memory() -> None:
