@@ -264,7 +264,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train several recipes under one budget; report quality, coverage and speed side by side."""
-    from trilemma.compare import compare as run
+    from trilemma.comparison import compare as run
 
     report = run(
         recipes,

@@ -21,11 +21,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from trilemma.data import Dataset
 from trilemma.errors import UserError
-from trilemma.evaluate import score, title
+from trilemma.evaluation import score, title
 from trilemma.metrics import reference as references
 from trilemma.metrics.features import Features, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
@@ -36,7 +38,7 @@ from trilemma.metrics.speed import network_calls, speed
 from trilemma.model import Generator
 from trilemma.report import sheets
 from trilemma.report.tables import share
-from trilemma.sample import Trained
+from trilemma.sampling import Trained
 
 PROBE_N = 500
 PARTS = 5
@@ -59,6 +61,7 @@ class Judge:
         seed: of the first drawn picture; picture i has seed + i.
         steps: numbers of steps to score a model at that draws in steps.
         device_name: where the extractor runs.
+        screen: where progress is shown.
 
     Raises:
         UserError: too few pictures to judge by.
@@ -75,6 +78,7 @@ class Judge:
         seed: int,
         steps: Sequence[int],
         device_name: str | None,
+        screen: Console,
     ) -> None:
         if n < 50:
             raise UserError(f"n is {n}; models are judged by at least 50 pictures each")
@@ -84,7 +88,7 @@ class Judge:
                 f"needed: add pictures, or put some into a folder test/ beside train/"
             )
         self.training, self.held_out, self.folder = training, held_out, folder
-        self.n, self.seed, self.steps = n, seed, list(steps)
+        self.n, self.seed, self.steps, self.screen = n, seed, list(steps), screen
         self.probe_n = min(PROBE_N, n, len(held_out))
         self.see = extractor(features, device_name)
         self.protocol = {
@@ -115,7 +119,7 @@ class Judge:
         rows = references.thinned(len(self.held_out), self.probe_n)
         return references.of_features(Features(_given(self._real.pooled)[rows]), {})
 
-    def probe(self, trained: Trained, elapsed: float) -> dict[str, Any]:
+    def probe(self, trained: Trained) -> dict[str, Any]:
         """Return quick scores, or `skipped` and why when drawing would take too long."""
         trained.sample(1, seed=self.seed)  # what happens once only, such as compiling
         start = time.perf_counter()
@@ -124,12 +128,10 @@ class Judge:
         needed = (time.perf_counter() - start) * self.probe_n / first
         if needed > PATIENCE:
             return {"skipped": f"drawing {self.probe_n} pictures would take {needed:.0f} s"}
-        return self._quick(trained.sample(self.probe_n, seed=self.seed, batch=BATCH))
+        drawn = trained.sample(self.probe_n, seed=self.seed, batch=BATCH)
+        return self._quick(self.see(drawn, pooled_only=True).pooled)
 
     def _quick(self, drawn: Tensor) -> dict[str, float]:
-        return self._quick_features(self.see(drawn, pooled_only=True).pooled)
-
-    def _quick_features(self, drawn: Tensor) -> dict[str, float]:
         few = self._few_real
         real = _given(few.pooled)
         _, recall = precision_recall(real, drawn)
@@ -140,8 +142,17 @@ class Judge:
     def full(self, trained: Trained) -> dict[str, Any]:
         """Return all that the report tells of a trained model, but for its training."""
         name = trained.name
-        drawn = trained.sample(self.n, seed=self.seed, batch=BATCH)
+        batches = track(
+            trained.batches(self.n, seed=self.seed, batch=BATCH),
+            "drawing",
+            total=-(-self.n // BATCH),
+            console=self.screen,
+            transient=True,
+            disable=not self.screen.is_terminal,
+        )
+        drawn = torch.cat(list(batches))
         seen = self.see(drawn)
+        quick = self._quick(seen.pooled[: self.probe_n])
         scores = score(seen, self._real)
         unseen = references.thinned(len(self.held_out), 2000)
         scores["memorised"] = memorised(
@@ -162,7 +173,8 @@ class Judge:
             "scores": scores,
             "noise": self._noise(seen.pooled),
             "speed": cost,
-            "steps": self._steps(trained, drawn, cost),
+            "quick": quick,
+            "steps": self._steps(trained, quick, cost),
             "sheet": {
                 "path": sheet,
                 "alt": f"{min(columns * ROWS, self.n)} pictures drawn by {name}",
@@ -199,27 +211,35 @@ class Judge:
             found["precision"].append(precision)
         return {key: float(np.std(values, ddof=1) / PARTS**0.5) for key, values in found.items()}
 
-    def _steps(self, trained: Trained, drawn: Tensor, cost: dict[str, Any]) -> list[dict[str, Any]]:
+    def _steps(
+        self, trained: Trained, quick: dict[str, float], cost: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         """Return quick scores for several numbers of steps, if the model draws in steps."""
         generator = cast(Generator, trained.model)
         parameters = inspect.signature(generator.sample).parameters
         if "steps" not in parameters or not self.steps:
             return []
         own = trained.options({}).get("steps", parameters["steps"].default)
+        rate = cost["images_per_second"]
         rows = []
         for steps in sorted({*self.steps, own}):
+            if steps == own:
+                rows.append(
+                    {"steps": own, "calls": cost["calls"], "images_per_second": rate, **quick}
+                )
+                continue
+            if self.probe_n / (rate * own / steps) > PATIENCE:
+                continue
             with network_calls(trained.model) as calls:
                 trained.sample(1, seed=self.seed, steps=steps)
-            row = {"steps": steps, "calls": max(calls.values(), default=0)}
-            if steps == own:
-                row |= {"images_per_second": cost["images_per_second"]}
-                row |= self._quick(drawn[: self.probe_n])
-            else:
-                start = time.perf_counter()
-                few = trained.sample(self.probe_n, seed=self.seed, batch=BATCH, steps=steps)
-                row |= {"images_per_second": self.probe_n / (time.perf_counter() - start)}
-                row |= self._quick(few)
-            rows.append(row)
+            start = time.perf_counter()
+            few = trained.sample(self.probe_n, seed=self.seed, batch=BATCH, steps=steps)
+            row = {
+                "steps": steps,
+                "calls": max(calls.values(), default=0),
+                "images_per_second": self.probe_n / (time.perf_counter() - start),
+            }
+            rows.append(row | self._quick(self.see(few, pooled_only=True).pooled))
         return rows
 
     def _save_neighbours(self, drawn: Tensor, seen: Tensor, path: Path) -> None:
@@ -239,7 +259,7 @@ class Judge:
         rows = np.sort(shuffled[: self.n])
         seen = self.see(self.training.tensor(rows))
         few = np.sort(shuffled[: self.probe_n])
-        quick = self._quick(self.training.tensor(few))
+        quick = self._quick(self.see(self.training.tensor(few), pooled_only=True).pooled)
         return {**score(seen, self._real), "n": len(rows), "probe": quick}
 
     def data(self) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.judge import Judge
 from trilemma.report import choice, scales
-from trilemma.sample import Trained
-from trilemma.train import train
+from trilemma.sampling import Trained
+from trilemma.training import train
 
 STEPS = (5, 10, 20, 50)
 _OWN_FOLDERS = ("images", "scores")
@@ -122,7 +122,7 @@ def compare(
     )  # fmt: skip
     judge = Judge(
         training, held_out, out, n=n, features=features, seed=seed, steps=steps,
-        device_name=device_name,
+        device_name=device_name, screen=screen,
     )  # fmt: skip
     _agree(out, request)
     models, failed = [], []
@@ -136,12 +136,9 @@ def compare(
                     recipes[place], out / name, training, request, judge, probes, device_name, quiet
                 )
                 screen.print(f"[bold]{name}[/], {place + 1} of {len(specs)}: judging")
-                with screen.status("drawing pictures and looking at them"):
-                    entry = {
-                        **_facts(trained),
-                        **judge.full(trained),
-                        "probes": _probes(trained, judge) if probes else [],
-                    }
+                judged = judge.full(trained)
+                shown = _probes(trained, judged.pop("quick")) if probes else []
+                entry = {**_facts(trained), **judged, "probes": shown}
                 _write(out / "scores" / f"{name}.json", {"key": key, "entry": entry})
             models.append(entry | {"commands": _commands(name, recipes[place], request, out)})
         except Exception as error:
@@ -288,6 +285,13 @@ def _trained(
                 f"{folder} was trained on to {told}, which is not what the others had; move it "
                 f"away to train it anew, or compare in another --out"
             )
+
+    def probe(model: Trained, elapsed: float) -> dict[str, Any]:
+        seen = model.progress["seen"]
+        if elapsed >= (request.budget or math.inf) or seen >= (request.images or math.inf):
+            return {"skipped": "the model is finished; it is scored with the others"}
+        return judge.probe(model)
+
     return train(
         given,
         training,
@@ -298,7 +302,7 @@ def _trained(
         overrides=request.overrides,
         resume=(folder / "training").exists(),
         device_name=device_name,
-        probe=judge.probe,
+        probe=probe,
         probes=probes,
         quiet=quiet,
     )
@@ -330,20 +334,17 @@ def _facts(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _probes(trained: Trained, judge: Judge) -> list[dict[str, Any]]:
-    """Return the scores while training, from the run's log; the last is taken now if need be."""
+def _probes(trained: Trained, last: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the quick scores while training, from the run's log, and the finished model's."""
     log = Path(trained.path or ".") / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    found = [(line["elapsed"], line["seen"], line["probe"]) for line in lines if "probe" in line]
-    progress = trained.progress
-    if not found or found[-1][1] < progress["seen"]:  # killed between the end and its probe
-        last = judge.probe(trained, progress["elapsed"])
-        found.append((progress["elapsed"], progress["seen"], last))
-    return [
-        {"seconds": seconds, "images": images, **probe}
-        for seconds, images, probe in found
-        if "skipped" not in probe
+    found = [
+        {"seconds": line["elapsed"], "images": line["seen"], **line["probe"]}
+        for line in lines
+        if "skipped" not in line.get("probe", {"skipped": "no probe"})
     ]
+    progress = trained.progress
+    return [*found, {"seconds": progress["elapsed"], "images": progress["seen"], **last}]
 
 
 def _command(words: Sequence[str | Path], request: Request) -> str:
