@@ -19,7 +19,7 @@ from trilemma.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pick(name: str | None = None) -> torch.device:
@@ -43,7 +43,7 @@ def pick(name: str | None = None) -> torch.device:
 
 
 def dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the number format of matrix products: `precision` is auto, bf16, fp16 or fp32.
+    """Return the number format of matrix products: `precision` is auto, bf16 or fp32.
 
     "auto" is bfloat16 where the processor multiplies in it, else float32.
     """

@@ -155,7 +155,9 @@ def load(run: str | Path, device_name: str | None = None) -> Trained:
     model = recipe.build(facts["recipe"]["model"])
     checkpoint.load_weights(model, tensors, str(path))
     model.requires_grad_(False).eval()
-    model.to(device.pick(device_name))
+    where = device.pick(device_name)
+    precision = facts["recipe"]["train"].get("precision", "auto")
+    device.prepare(model, where, device.dtype(precision, where))
     return Trained(model, facts["recipe"], facts["data"], facts["progress"], path)
 
 

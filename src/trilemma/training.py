@@ -51,7 +51,7 @@ class Settings:
         schedule: `constant`, or `linear` or `cosine` to 0 at the end of training.
         ema_halflife: images after which an old weight counts half in the average; 0 for none.
         ema_rampup: the half-life is at most this share of the images seen so far.
-        precision: `auto`, `bf16`, `fp16` or `fp32`.
+        precision: `auto`, `bf16` or `fp32`.
         compile: `auto`, `on` or `off`: torch.compile.
         optimizer: `type` (adam, adamw, muon) and its arguments.
         phases: the same per phase name, over `optimizer`.
@@ -189,9 +189,7 @@ def train(
     model: Model = recipe.build(spec["model"])
     if init is not None:
         start_from(model, sampling.load(init, "cpu").model, str(init))
-    model.to(where)
-    if device.channels_last(where, device.dtype(settings.precision, where)):
-        model.to(memory_format=torch.channels_last)
+    device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
     if resume:
