@@ -218,3 +218,13 @@ def test_killed_at_any_moment_a_run_can_go_on(folder, tmp_path):
         again = command(folder, out, *more, *(["--resume"] if began_at_all else []))
         subprocess.run(again, check=True, env=environ)
         assert same(weights(out), whole), f"run {i} differs"
+
+
+def test_files_that_cannot_be_used_are_told(tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "pictures")
+    for i in range(7):
+        (folder / "class0" / f"bad{i}.png").write_bytes(b"")
+    fit(folder, tmp_path / "run", steps=1, quiet=False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "7 files cannot be used" in told and "bad0.png: empty file" in told
+    assert "trilemma data check" in told

@@ -110,12 +110,12 @@ def models(as_json: Json = False) -> None:
     from trilemma.log import count
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("recipe", "family", "parameters", "needs", "what it is for", "paper"):
-        table.add_column(title, overflow="fold", no_wrap=title == "recipe")
+    for title in ("recipe", "family", "weights", "needs", "what it is for, and its paper"):
+        table.add_column(title, no_wrap=title in ("recipe", "family"))
     for row in rows:
         needs = ", ".join(row["needs"]) or "pictures"
-        size = count(row["parameters"])
-        table.add_row(row["name"], row["family"], size, needs, row["summary"], row["paper"])
+        told = f"{row['summary']}\n[dim]{row['paper']}[/]"
+        table.add_row(row["name"], row["family"], count(row["parameters"]), needs, told)
     Console(highlight=False).print(table)
 
 

@@ -272,6 +272,8 @@ class Run:
         first = self.rank == 0
         log = Log(self.out if first else None, self.spec["run"]["recipe"], quiet, progress.step)
         try:
+            if self.data.skipped:
+                log.say(_skipped(self.data))
             if first and progress.step == 0:
                 self._write_recipe()
             if progress.step == 0:
@@ -581,6 +583,13 @@ def start_from(model: Model, other: Model, where: str) -> None:
     if not fitting:
         raise UserError(f"no weight of {where} fits this recipe; --init needs a run of its kind")
     model.load_state_dict(fitting, strict=False)
+
+
+def _skipped(data: Dataset) -> str:
+    """Say which files are left out, the first few by name."""
+    told = [f"  {path}: {reason}" for path, reason in list(data.skipped.items())[:5]]
+    rest = f"\n  all of them: trilemma data check {data.name}" if len(data.skipped) > 5 else ""
+    return "\n".join([f"{len(data.skipped)} files cannot be used and are left out:", *told]) + rest
 
 
 def _named(losses: Losses, phase: Phase, phases: Sequence[Phase]) -> Losses:

@@ -87,6 +87,7 @@ def _open(folder: Path, name: str, split: str) -> Dataset:
         attribute_names=meta["attribute_names"],
         text=json.loads(text.read_text())[rows] if text.exists() else None,
         source=array("source.npy", source_rows),
+        skipped=meta["unusable"],
     )
 
 

@@ -41,6 +41,7 @@ class Dataset:
         attribute_names: the attributes.
         text: N captions ("" where a picture has none), or None.
         source: (M, C, H, W) uint8, the unpaired pictures of the other domain, or None.
+        skipped: the files that cannot be used, and why: path -> reason.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Dataset:
     attribute_names: list[str] = field(default_factory=list)
     text: list[str] | None = None
     source: np.ndarray | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
