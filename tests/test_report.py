@@ -335,6 +335,7 @@ def test_scales():
         marks = [axis.position(tick) for tick in axis.ticks]
         assert {round(marks[0], 9), round(marks[-1], 9)} == {0, 1}
         assert np.allclose(np.diff(marks), np.diff(marks)[0])
+        assert len(axis.marks) == len(axis.ticks)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,34 @@ def test_choice_flags_ties_within_the_noise():
 def test_choice_names_a_model_that_is_behind_in_all():
     rows = (150.0, 0.8, 100.0), (300.0, 0.5, 50.0), (200.0, 0.2, 9000.0)
     assert "b is behind a in all three" in choice.choose(judged(*rows))["overall"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "title"),
+    [
+        ([(150.0, 0.8, 90.0), (600.0, 0.4, 9000.0)], "a draws best and covers most; b is fastest"),
+        ([(150.0, 0.8, 9000.0), (600.0, 0.4, 90.0)], "a leads in all three"),
+        ([(150.0, 0.4, 90.0), (600.0, 0.4, 90.0)],
+         "a draws best; both are level in coverage and speed"),
+        ([(150.0, 0.4, 90.0)] * 3, "All are level in quality, coverage and speed"),
+        ([(150.0, 0.4, 90.0), (150.0, 0.4, 9.0), (600.0, 0.9, 9.0)],
+         "a and b draw best; c covers most; a is fastest"),
+        ([(150.0, 0.4, 90.0)], "a on photos"),
+    ],
+)  # fmt: skip
+def test_headline(rows, title):
+    made = judged(*rows)
+    assert choice.headline(choice.choose(made), made["models"], "photos") == title
+
+
+def test_falling_coverage_raises_an_alarm(tmp_path):
+    made = example(tmp_path, 2)
+    assert choice.alarms(made["models"]) == []
+    for probe, coverage in zip(made["models"][1]["probes"], [0.2, 0.5, 0.4, 0.1], strict=True):
+        probe["coverage"] = coverage
+    (told,) = choice.alarms(made["models"])
+    assert "quick-gan fell from 50 % to 10 %" in told
+    assert told in " ".join(Page(reports.render(made, tmp_path)).text)
 
 
 def test_choice_of_one():

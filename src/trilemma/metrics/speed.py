@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +90,8 @@ def peak_memory(run: Callable[[], object], where: torch.device) -> int | None:
     """Return the bytes that `run` takes at its peak beyond what was in use before.
 
     On CUDA as torch's allocator counts them; on a CPU under Linux as the process's resident memory;
-    elsewhere None. Memory that was freed before but kept for use again is not seen on a CPU.
+    elsewhere None. Freed memory that was kept for use again is first given back: it would hide what
+    is taken.
     """
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -99,6 +102,7 @@ def peak_memory(run: Callable[[], object], where: torch.device) -> int | None:
     if where.type != "cpu" or not status.exists():
         run()
         return None
+    _give_back_freed()
     try:
         reset.write_text("5")  # forgets the peak so far
     except OSError:  # a container may forbid it
@@ -107,6 +111,11 @@ def peak_memory(run: Callable[[], object], where: torch.device) -> int | None:
     before = _kilobytes(status, "VmRSS")
     run()
     return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+
+
+def _give_back_freed() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kilobytes(status: Path, field: str) -> int:

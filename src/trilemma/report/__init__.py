@@ -19,11 +19,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from trilemma.report import figures, picture
-from trilemma.report.choice import AXES
+from trilemma.report.choice import AXES, alarms
 from trilemma.report.scales import Axis, axes, duration, number, values
 from trilemma.report.tables import numbers, share
 
 SCHEMA = 1
+FEW = 2000  # pictures below which scores are said to be rough
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M16 4 29 27H3Z" '
     'fill="none" stroke="#0b6fb8" stroke-width="3.5" stroke-linejoin="round"/></svg>'
@@ -156,6 +157,8 @@ def _judged(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "neighbours": neighbours,
         "neighbour_note": report["protocol"]["neighbour_note"],
         "charts": _charts(report),
+        "alarms": alarms(report["models"]),
+        "few": min(report["request"]["n"], data["test_count"]) < FEW,
         "probe_n": f"{report['request']['probe_n']:,}",
         **_steps(report),
         "table": numbers(report),
@@ -166,8 +169,8 @@ def _judged(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _model(report: Mapping[str, Any], scales: Sequence[Axis], index: int) -> dict[str, Any]:
     model = report["models"][index]
     badges = [
-        {"quality": "best quality", "coverage": "best coverage", "speed": "fastest"}[axis]
-        + (", level" if len(report["choice"][axis]["models"]) > 1 else "")
+        ("joint " if len(report["choice"][axis]["models"]) > 1 else "")
+        + {"quality": "best quality", "coverage": "best coverage", "speed": "fastest"}[axis]
         for axis in AXES
         if len(report["models"]) > 1 and model["name"] in report["choice"][axis]["models"]
     ]

@@ -14,11 +14,12 @@ from trilemma.report.scales import number, values
 
 AXES = ("quality", "coverage", "speed")
 _LEVEL_SPEED = 1.1
-_PHRASES = (
-    ("draws best", "draw best"),
-    ("covers most", "cover most"),
-    ("is fastest", "are fastest"),
-)
+_PHRASES = {
+    "quality": ("draws best", "draw best"),
+    "coverage": ("covers most", "cover most"),
+    "speed": ("is fastest", "are fastest"),
+}
+_FELL = 0.1  # a loss of coverage while training that is worth a warning
 
 
 def choose(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,14 +42,21 @@ def headline(choice: Mapping[str, Any], models: Sequence[Mapping[str, Any]], dat
     """Return the report's title: what was found, in a sentence."""
     if len(models) == 1:
         return f"{models[0]['name']} on {data}"
-    leaders = [choice[axis]["models"] for axis in AXES]
-    if leaders[0] == leaders[1] == leaders[2]:
-        verb = "leads" if len(leaders[0]) == 1 else "lead"
-        return f"{_join(leaders[0])} {verb} in quality, coverage and speed"
-    phrases: dict[tuple[str, ...], list[str]] = {}
-    for names, (one, many) in zip(leaders, _PHRASES, strict=True):
-        phrases.setdefault(tuple(names), []).append(one if len(names) == 1 else many)
-    return "; ".join(f"{_join(list(n))} {_join(said)}" for n, said in phrases.items())
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for axis in AXES:
+        leaders = choice[axis]["models"]
+        in_order = tuple(m["name"] for m in models if m["name"] in leaders)
+        groups.setdefault(in_order, []).append(axis)
+    told = []
+    for names, led in groups.items():
+        if len(names) == len(models):
+            told.append(f"{'both' if len(names) == 2 else 'all'} are level in {_join(led)}")
+        elif len(led) == len(AXES):
+            told.append(f"{_join(names)} lead{'s' * (len(names) == 1)} in all three")
+        else:
+            told.append(f"{_join(names)} {_join([_PHRASES[a][len(names) > 1] for a in led])}")
+    text = "; ".join(told)
+    return text[0].upper() + text[1:] if text.startswith(("both", "all")) else text
 
 
 def differ(axis: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -74,7 +82,28 @@ def _ranked(models: Sequence[Mapping[str, Any]], axis: str) -> tuple[list, list]
 
 
 def _join(words: Sequence[str]) -> str:
+    words = list(words)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def alarms(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return warnings of models whose coverage fell while they trained: mode collapse."""
+    told = []
+    for model in models:
+        seen = [probe["coverage"] for probe in model["probes"]]
+        if seen and max(seen) - seen[-1] > _FELL and seen[-1] < 0.8 * max(seen):
+            told.append(
+                f"The coverage of {model['name']} fell from {100 * max(seen):.0f} % to "
+                f"{100 * seen[-1]:.0f} % while it trained: it has begun to leave kinds of pictures "
+                f"out. An earlier stop, a lower learning rate or another recipe keeps more of them."
+            )
+    return told
+
+
+def _farther(ratio: float) -> str:
+    if ratio < 1.15:
+        return f"{max(1, round(100 * (ratio - 1)))} % farther"
+    return f"{_times(ratio)} times as far"
 
 
 def _times(ratio: float) -> str:
@@ -103,7 +132,7 @@ def _quality(models: Sequence[Any], protocol: Mapping[str, Any], floor: float) -
         text = (
             f"Its pictures are the nearest to real ones: {name} {number(fd)}, against "
             f"{number(second['scores']['fd'])} for {second['name']}, which is "
-            f"{_times(second['scores']['fd'] / fd)} times as far. It is {real}."
+            f"{_farther(second['scores']['fd'] / fd)}. It is {real}."
         )
     return {"models": [m["name"] for m in level], "sentence": text}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from trilemma.report.scales import Axis, duration, number
+from trilemma.report.scales import Axis, duration, number, short
 
 PALETTE = 8
 HOLE = 0.08
@@ -79,10 +79,13 @@ def _tick_labels(
     """Write the marks beside their axes, as many as fit."""
     parts = []
     for i, axis in enumerate(axes):
-        shown = [tick for tick in axis.ticks if axis.position(tick) > 0.1]
-        for tick in shown[:: max(1, math.ceil(len(shown) / 5))]:
-            x, y = at(i, axis.position(tick))
-            text = f"{100 * tick:.0f} %" if axis.key == "coverage" else _short(tick)
+        shown = [
+            (axis.position(tick), text)
+            for tick, text in zip(axis.ticks, axis.marks, strict=True)
+            if axis.position(tick) > 0.1  # in the middle the marks of all axes meet
+        ]
+        for place, text in shown[:: max(1, math.ceil(len(shown) / 5))]:
+            x, y = at(i, place)
             dx, dy, anchor = ((7, 4, "start"), (-2, -7, "end"), (2, -7, "start"))[i]
             parts.append(
                 f'<text class="mark" x="{x + dx:.1f}" y="{y + dy:.1f}" '
@@ -152,7 +155,7 @@ def log_scale(title: str, values: Sequence[float]) -> Scale:
         ticks = [m * 10.0**d for d in decades for m in multiples if low <= m * 10.0**d <= high]
         if len(ticks) <= 6:
             break
-    return Scale(title, ticks, low, high, log=True, write=_short)
+    return Scale(title, ticks, low, high, log=True, write=short)
 
 
 def time_scale(title: str, longest: float) -> Scale:
@@ -234,13 +237,6 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
     for i in reversed(order):
         moved[i] = edge = min(moved[i], edge - gap)
     return moved
-
-
-def _short(value: float) -> str:
-    for factor, suffix in ((1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str], css: str) -> str:

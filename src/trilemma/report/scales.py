@@ -32,6 +32,7 @@ class Axis:
         position: maps a value to [0, 1], the corner being 1.
         write: writes a value with its unit.
         ticks: values worth marking.
+        marks: what is written at the ticks.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Axis:
     position: Callable[[float], float]
     write: Callable[[float], str]
     ticks: list[float]
+    marks: list[str]
 
 
 def number(value: float) -> str:
@@ -54,6 +56,14 @@ def number(value: float) -> str:
         step = 10 ** max(0, math.floor(math.log10(abs(value))) - 2)
         return f"{round(value / step) * step:,}"
     return f"{value:.{digits}f}"
+
+
+def short(value: float) -> str:
+    """Write a round value in few characters: 0.5, 200, 1.5k, 2M."""
+    for factor, suffix in ((1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{suffix}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -102,6 +112,7 @@ def _quality(distances: Sequence[float], floor: float, name: str) -> Axis:
         position,
         lambda value: f"{name[:2]} {number(value)}",
         [floor * 2**i for i in range(doublings + 1)],
+        [f"real: {number(floor)}", *(f"× {2**i}" for i in range(1, doublings + 1))],
     )
 
 
@@ -116,6 +127,7 @@ def _coverage() -> Axis:
         _clip,
         lambda value: f"{100 * value:.0f} %",
         [0, 0.25, 0.5, 0.75, 1],
+        ["0 %", "25 %", "50 %", "75 %", "100 %"],
     )
 
 
@@ -133,6 +145,7 @@ def _speed(speeds: Sequence[float]) -> Axis:
         lambda value: _clip((math.log10(max(value, 1e-9)) - bottom) / (top - bottom)),
         lambda value: f"{number(value)} /s",
         [10.0**i for i in range(bottom, top + 1)],
+        [short(10.0**i) for i in range(bottom, top + 1)],
     )
 
 
