@@ -232,19 +232,24 @@ def test_slow_probe_is_skipped(tmp_path, monkeypatch):
     assert [p["images"] for p in made["models"][0]["probes"]] == [32]
 
 
-def test_commands_go_on_from_there(finished, capsys):
+def test_commands_go_on_from_there(finished):
     """The report's own commands, run as they are but for the length."""
     from typer.testing import CliRunner
 
     from trilemma.cli import app
 
-    commands = [c["command"] for c in finished["models"][0]["commands"]]
-    assert [shlex.split(c)[1] for c in commands] == ["train", "sample", "evaluate"]
-    for command in commands:
-        words = shlex.split(command.replace("--images 320", "--images 40"))[1:]
-        words += ["--features", "pixels", "--n", "60"] if words[0] == "evaluate" else []
-        result = CliRunner().invoke(app, words)
+    def run_command(command, *more):
+        result = CliRunner().invoke(app, [*shlex.split(command)[1:], *more, "--json"])
         assert result.exit_code == 0, (command, result.output, result.exception)
+        return json.loads(result.stdout)
+
+    model = finished["models"][0]
+    train, draw, score = (entry["command"] for entry in model["commands"])
+    again = run_command(score, "--features", "pixels")
+    assert again["scores"]["fd-pixels"] == pytest.approx(model["scores"]["fd"], rel=1e-6)
+    assert again["scores"]["coverage"] == model["scores"]["coverage"]
+    assert len(run_command(draw)["images"]) == 64
+    assert run_command(train.replace("--images 320", "--images 40"))["seen"] == 40
 
 
 @pytest.mark.slow

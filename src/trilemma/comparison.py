@@ -140,7 +140,7 @@ def compare(
                 shown = _probes(trained, judged.pop("quick")) if probes else []
                 entry = {**_facts(trained), **judged, "probes": shown}
                 _write(out / "scores" / f"{name}.json", {"key": key, "entry": entry})
-            models.append(entry | {"commands": _commands(name, recipes[place], request, out)})
+            models.append(entry | {"commands": _commands(name, recipes[place], request, n, out)})
         except Exception as error:
             failed.append({"name": name, "error": _told(error, out / f"{name}-error.txt")})
             screen.print(f"{name} failed: {failed[-1]['error']}", style="red", markup=False)
@@ -362,7 +362,7 @@ def _training_options(request: Request, times: int) -> str:
     return f" --size {request.shape[1]} --seed {request.seed} {length}{changes}"
 
 
-def _commands(name: str, given: str, request: Request, out: Path) -> list[dict[str, str]]:
+def _commands(name: str, given: str, request: Request, n: int, out: Path) -> list[dict[str, str]]:
     """Return what to do next with a model."""
     folder = out / name
     return [
@@ -379,7 +379,8 @@ def _commands(name: str, given: str, request: Request, out: Path) -> list[dict[s
         },
         {
             "what": "Score it again",
-            "command": _command(["evaluate", folder], request),
+            "command": _command(["evaluate", folder, "--n", str(n)], request)
+            + (f" --seed {request.seed}" if request.seed else ""),
         },
     ]
 

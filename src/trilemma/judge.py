@@ -155,9 +155,7 @@ class Judge:
         quick = self._quick(seen.pooled[: self.probe_n])
         scores = score(seen, self._real)
         unseen = references.thinned(len(self.held_out), 2000)
-        scores["memorised"] = memorised(
-            seen.pooled, _given(self._real.pooled)[unseen], self._known
-        )
+        scores["memorised"] = memorised(seen.pooled, _given(self._real.pooled)[unseen], self._known)
         columns = self._columns
         sheet, near = f"images/{name}.png", f"images/{name}-neighbours.png"
         sheets.save(drawn[: columns * ROWS], columns, self.folder / sheet)
