@@ -99,3 +99,5 @@ def test_one_hot():
     assert one_hot(torch.tensor([1, 0]), 0, 2, device).shape == (2, 0)
     with pytest.raises(ValueError, match="3 classes"):
         one_hot(None, 3, 2, device)
+    with pytest.raises(ValueError, match="from 0 to 3 .* 0 to 2"):
+        one_hot(torch.tensor([0, 3]), 3, 2, device)

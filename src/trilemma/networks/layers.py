@@ -39,13 +39,18 @@ def sinusoidal(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tens
 def one_hot(label: Tensor | None, classes: int, count: int, device: torch.device) -> Tensor:
     """Labels (B,) as rows (B, classes) of zeros and a one; `classes` may be 0: (B, 0).
 
-    Raises ValueError when there are classes and no label.
+    Raises ValueError when there are classes and no label, or a label that is none of them.
     """
-    if label is None and classes:
-        raise ValueError(f"this model draws one of {classes} classes: it needs a label")
-    if label is None or not classes:
+    if not classes:
         return torch.zeros(count, 0, device=device)
-    return (label[:, None] == torch.arange(classes, device=label.device)).float()
+    if label is None:
+        raise ValueError(f"this model draws one of {classes} classes: it needs a label")
+    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(
+            f"labels from {int(label.min())} to {int(label.max())} were given; "
+            f"the model knows 0 to {classes - 1}"
+        )
+    return F.one_hot(label, classes).float()
 
 
 def halvings(size: int) -> tuple[int, int]:
