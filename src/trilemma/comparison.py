@@ -11,11 +11,10 @@ import json
 import math
 import os
 import platform
-import shlex
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +27,13 @@ from trilemma import data as pictures
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.judge import Judge
-from trilemma.report import choice, scales
+from trilemma.report import choice, commands, scales
+from trilemma.report.commands import Request
 from trilemma.sampling import Trained
 from trilemma.training import train
 
 STEPS = (5, 10, 20, 50)
 _OWN_FOLDERS = ("images", "scores")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the models of a comparison have in common; it cannot change on the way.
-
-    Attributes:
-        data: the data set's name or path.
-        shape: (C, H, W) of a picture.
-        fingerprint: of its training pictures.
-        equal: `time` or `images`.
-        budget: seconds of training, when time is equal.
-        images: training images, when these are equal.
-        seed: of everything random.
-        overrides: changes to every recipe.
-    """
-
-    data: str
-    shape: list[int]
-    fingerprint: str
-    equal: str
-    budget: float | None
-    images: int | None
-    seed: int
-    overrides: list[str]
 
 
 def compare(
@@ -140,7 +115,9 @@ def compare(
                 shown = _probes(trained, judged.pop("quick")) if probes else []
                 entry = {**_facts(trained), **judged, "probes": shown}
                 _write(out / "scores" / f"{name}.json", {"key": key, "entry": entry})
-            models.append(entry | {"commands": _commands(name, recipes[place], request, n, out)})
+            models.append(
+                entry | {"commands": commands.of_model(name, recipes[place], request, n, out)}
+            )
         except Exception as error:
             failed.append({"name": name, "error": _told(error, out / f"{name}-error.txt")})
             screen.print(f"{name} failed: {failed[-1]['error']}", style="red", markup=False)
@@ -158,7 +135,7 @@ def compare(
         "reference": judge.reference(),
         "models": models,
         "failed": failed,
-        "commands": [_again(recipes, request, n, out)],
+        "commands": [commands.again(recipes, request, n, out)],
     }
     made["choice"] = choice.choose(made)
     made["title"] = choice.headline(made["choice"], models, Path(training.name).name)
@@ -345,54 +322,6 @@ def _probes(trained: Trained, last: dict[str, float]) -> list[dict[str, Any]]:
     ]
     progress = trained.progress
     return [*found, {"seconds": progress["elapsed"], "images": progress["seen"], **last}]
-
-
-def _command(words: Sequence[str | Path], request: Request) -> str:
-    told = ["trilemma", *words, "--data", request.data]
-    return shlex.join(str(word) for word in told)
-
-
-def _training_options(request: Request, times: int) -> str:
-    if request.budget is not None:
-        seconds = math.ceil(times * request.budget)
-        length = f"--budget {seconds // 60}m" if seconds % 60 == 0 else f"--budget {seconds}s"
-    else:
-        length = f"--images {times * (request.images or 0)}"
-    changes = "".join(f" --set {shlex.quote(change)}" for change in request.overrides)
-    return f" --size {request.shape[1]} --seed {request.seed} {length}{changes}"
-
-
-def _commands(name: str, given: str, request: Request, n: int, out: Path) -> list[dict[str, str]]:
-    """Return what to do next with a model."""
-    folder = out / name
-    return [
-        {
-            "what": "Train it on, to ten times the length",
-            "command": _command(["train", given, "--out", folder, "--resume"], request)
-            + _training_options(request, 10),
-        },
-        {
-            "what": "Draw 64 pictures",
-            "command": shlex.join(
-                ["trilemma", "sample", str(folder), "-n", "64", "--out", f"{folder}-pictures"]
-            ),
-        },
-        {
-            "what": "Score it again",
-            "command": _command(["evaluate", folder, "--n", str(n)], request)
-            + (f" --seed {request.seed}" if request.seed else ""),
-        },
-    ]
-
-
-def _again(recipes: Sequence[str], request: Request, n: int, out: Path) -> dict[str, str]:
-    equal = [] if request.equal == "time" else ["--equal", "images"]
-    words = ["compare", *recipes, *equal, "--n", str(n), "--out", f"{out}-longer"]
-    options = _training_options(request, 10)
-    return {
-        "what": "The same comparison, ten times as long",
-        "command": _command(words, request) + options,
-    }
 
 
 def _machine(device_name: str | None) -> dict[str, Any]:
