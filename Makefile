@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint coverage benchmarks clean
 
 demo: $(VENV)/installed
-	$(BIN)/trilemma compare quick-vae quick-gan quick-diffusion --data fashion --budget 3m --out demo
+	$(BIN)/trilemma compare quick-vae quick-gan quick-diffusion --data fashion --budget 3m -n 1000 --out demo
 	@echo
 	@echo "Look at demo/report.html in a browser; the trained models are in demo/."
 

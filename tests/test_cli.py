@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import typer
 from PIL import Image
 
+import tiny
 from trilemma import cli
 
 NAME = "flow-matching"  # knows classes
@@ -53,7 +53,9 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["", "models", "train", "sample", "evaluate", "compare", "data"])
+@pytest.mark.parametrize(
+    "command", ["", "models", "train", "sample", "evaluate", "compare", "data", "data check"]
+)
 def test_every_help_reads(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Usage" in out

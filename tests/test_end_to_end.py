@@ -1,9 +1,9 @@
 """The README's words, from Python."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 import trilemma
 
 

@@ -87,6 +87,13 @@ Option = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Any other option of the family's sampler."),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.batch=64."),
+]
+Features = Annotated[
+    str, typer.Option(help="lite0, pixels, or inception:FILE (weights of the original FID).")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a solver.")]
 Solver = Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m ...")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
@@ -148,10 +155,7 @@ def train(
     images: Annotated[str | None, typer.Option(help="Or for so many images: 500k, 2M.")] = None,
     steps: Annotated[str | None, typer.Option(help="Or for so many steps: 20000.")] = None,
     seed: Seed = 0,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.batch=64."),
-    ] = None,
+    changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run.")] = None,
     device: Device = None,
@@ -186,7 +190,7 @@ def train(
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many pictures.")] = 64,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pictures.")] = 64,
     seed: Seed = 0,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
@@ -218,11 +222,9 @@ def sample(
 def evaluate(
     what: Annotated[Path, typer.Argument(help="A run, a folder or zip of pictures, or an .npz.")],
     data: Data,
-    n: Annotated[int, typer.Option(min=2, help="Pictures to draw.")] = 5000,
+    n: Annotated[int, typer.Option("-n", "--n", min=2, help="Pictures to draw.")] = 5000,
     split: Annotated[str, typer.Option(help="The part of the data to compare with.")] = "test",
-    features: Annotated[
-        str, typer.Option(help="lite0, pixels, or inception:FILE (weights of the original FID).")
-    ] = "lite0",
+    features: Features = "lite0",
     seed: Seed = 0,
     steps: Steps = None,
     solver: Solver = None,
@@ -260,7 +262,13 @@ def compare(
     ] = None,
     size: Size = None,
     seed: Seed = 0,
-    n: Annotated[int, typer.Option(min=50, help="Pictures each is judged by.")] = 2000,
+    n: Annotated[
+        int, typer.Option("-n", "--n", min=50, help="Pictures each is judged by.")
+    ] = 2000,
+    probes: Annotated[int, typer.Option(min=0, help="Quick scores while a model trains.")] = 4,
+    features: Features = "lite0",
+    changes: Changes = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Train several recipes under one budget; report quality, coverage and speed side by side."""
@@ -276,11 +284,13 @@ def compare(
         size=size,
         seed=seed,
         n=n,
+        probes=probes,
+        features=features,
+        overrides=changes or (),
+        device_name=device,
     )
     if as_json:
         _say(report)
-    else:
-        screen.print(f"the report is {out / 'report.html'}; open it in a browser")
 
 
 def main() -> None:
