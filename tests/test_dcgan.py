@@ -1,9 +1,10 @@
-"""DCGAN's networks and the plain encoder and decoder: shapes, labels, normalisation."""
+"""The networks of GANs and autoencoders: shapes, labels, normalisation."""
 
 import pytest
 import torch
 from torch import nn
 
+from trilemma.networks import modulated
 from trilemma.networks.convnet import Decoder, Encoder
 from trilemma.networks.dcgan import Critic, Generator
 from trilemma.networks.layers import halvings, one_hot
@@ -16,9 +17,10 @@ SIZES = [8, 16, 20, 28, 30, 32, 36, 48, 64, 100, 128]
 def test_any_size(size, channels):
     shape = (channels, size, size)
     label = one_hot(torch.tensor([0, 2]), 3, 2, torch.device("cpu"))
-    image = Generator(shape, latent=5, channels=2, classes=3)(torch.randn(2, 5), label)
-    assert image.shape == (2, *shape)
-    assert image.abs().max() <= 1
+    for generator in (Generator, modulated.Generator):
+        image = generator(shape, latent=5, channels=2, classes=3)(torch.randn(2, 5), label)
+        assert image.shape == (2, *shape)
+        assert image.abs().max() <= 1
     assert Critic(shape, channels=2, classes=3)(image, label).shape == (2,)
     latent = Encoder(shape, 6, channels=2, classes=3)(image, label)
     assert latent.shape == (2, 6)
@@ -27,8 +29,9 @@ def test_any_size(size, channels):
 
 def test_oblong():
     shape, none = (3, 24, 40), torch.zeros(2, 0)
-    image = Generator(shape, latent=5, channels=2)(torch.randn(2, 5), none)
-    assert image.shape == (2, *shape)
+    for generator in (Generator, modulated.Generator):
+        image = generator(shape, latent=5, channels=2)(torch.randn(2, 5), none)
+        assert image.shape == (2, *shape)
     assert Critic(shape, channels=2)(image, none).shape == (2,)
     latent = Encoder(shape, 6, channels=2)(image, none)
     assert Decoder(shape, 6, channels=2)(latent, none).shape == (2, *shape)
@@ -63,6 +66,7 @@ def test_label_is_read_by_all():
     label = torch.eye(2)
     for out in (
         Generator(shape, latent=5, channels=4, classes=2).eval()(latent, label),
+        modulated.Generator(shape, latent=5, channels=4, classes=2).eval()(latent, label),
         Critic(shape, channels=4, classes=2).eval()(image, label),
         Encoder(shape, 3, channels=4, classes=2)(image, label),
         Decoder(shape, 5, channels=4, classes=2)(latent, label),

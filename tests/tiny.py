@@ -15,6 +15,7 @@ SIZE = 16
 SMALL: dict[str, dict] = {
     "networks.dcgan.Generator": {"channels": 4},
     "networks.dcgan.Critic": {"channels": 4},
+    "networks.modulated.Generator": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.unet.UNet": {
