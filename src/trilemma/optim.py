@@ -28,7 +28,8 @@ ROUNDS = 5
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolution filters, AdamW for biases, gains and narrow matrices.
 
-    A filter (out, in, height, width) is the matrix (out, in * height * width).
+    A filter (out, in, height, width) is the matrix (out, height * width * in): the order of a
+    filter's columns changes nothing, and this one is that of a channels-last filter in memory.
 
     Args:
         params: the parameters.
@@ -80,15 +81,14 @@ class Muon(torch.optim.Optimizer):
         means = self._state(params, "mean")
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov's
-        alike: dict[tuple[int, int], list[int]] = {}
-        for i, update in enumerate(ahead):
-            rows, columns = update.flatten(1).shape
-            alike.setdefault((rows, columns), []).append(i)
-        for (rows, columns), where in alike.items():
-            matrices = torch.stack([ahead[i].flatten(1) for i in where])
-            scale = -lr * 0.2 * max(rows, columns) ** 0.5
-            for i, update in zip(where, orthogonal(matrices), strict=True):
-                params[i].add_(update.reshape(params[i].shape), alpha=scale)
+        alike: dict[torch.Size, list[int]] = {}
+        for i, param in enumerate(params):
+            alike.setdefault(param.shape, []).append(i)
+        for shape, where in alike.items():
+            matrices = torch.stack([ahead[i].movedim(1, -1).flatten(1) for i in where])
+            scale = -lr * 0.2 * max(matrices.shape[1:]) ** 0.5
+            updates = orthogonal(matrices).view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+            torch._foreach_add_([params[i] for i in where], list(updates), alpha=scale)
 
     def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, betas, eps = group["lr"], group["betas"], group["eps"]
@@ -119,7 +119,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype).contiguous()
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
