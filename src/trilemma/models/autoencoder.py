@@ -212,7 +212,8 @@ class VAE(Model):
         return torch.stack(bounds).logsumexp(0) - math.log(len(bounds))
 
     def _row(self, label: int, image: Tensor) -> Tensor:
-        return one_hot(image.new_full((len(image),), label), self.classes, len(image), image.device)
+        labels = torch.full((len(image),), label, device=image.device)
+        return one_hot(labels, self.classes, len(image), image.device)
 
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to (B, D + K): the mean latent, then the likeliest class."""
