@@ -18,6 +18,7 @@ SMALL: dict[str, dict] = {
     "networks.modulated.Generator": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
+    "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],

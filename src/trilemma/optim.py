@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(params, group)
 
     def _step_muon(self, params: list[Tensor], lr: float, momentum: float) -> None:
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         means = self._state(params, "mean")
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov's
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
     def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, betas, eps = group["lr"], group["betas"], group["eps"]
         group["count"] += 1
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         means, squares = self._state(params, "mean"), self._state(params, "square")
         torch._foreach_lerp_(means, gradients, 1 - betas[0])
         torch._foreach_mul_(squares, betas[1])

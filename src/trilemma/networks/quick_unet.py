@@ -1,0 +1,203 @@
+"""A small U-Net for diffusion in minutes on a CPU.
+
+The blocks of the U-Net of Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", with
+what costs time and little else left out:
+
+- It works on p x p pixels folded into channels (Shi et al. 2016, "Real-Time Single Image and Video
+  Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network"), so that its widest
+  maps are of some 14 x 14, where a processor's matrix units are well fed; and it goes between
+  levels by folding and unfolding too.
+- Time and class scale and shift each residual block's features between its two convolutions
+  (Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", section 4); one
+  matrix product makes the scales and shifts of all blocks.
+- Normalisation is over the channels of each pixel: neighbours in memory where channels are last.
+- Skips join by one 1 x 1 convolution a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilemma.networks.layers import Embedded, sinusoidal
+
+FEATURES = 64  # sines and cosines of the time
+
+
+def _normalise(x: Tensor) -> Tensor:
+    """Give the channels of each pixel of (B, C, H, W) mean 0 and variance 1."""
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+
+
+def _zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Start a layer at 0: a block whose last layer it is begins as the identity."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class Block(nn.Module):
+    """Two convolutions, scaled and shifted in between, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same, told scale and shift (B, C, 1, 1)."""
+        h = self.conv_in(F.silu(_normalise(x)))
+        h = self.conv_out(F.silu(h * scale + shift))
+        return x + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a small map, added to the input."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same."""
+        b, c, height, width = x.shape
+        h = _normalise(x).movedim(1, -1).reshape(b, height * width, c)
+        h = self.qkv(h).view(b, height * width, 3, self.heads, c // self.heads)
+        q, k, v = h.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind()  # (B heads, HW, C / heads)
+        # Plain products: on a CPU they outrun the fused kernel at these sizes.
+        weights = torch.bmm(q * (c // self.heads) ** -0.5, k.mT).softmax(-1)
+        h = torch.bmm(weights.to(v.dtype), v).view(b, self.heads, -1, c // self.heads)
+        h = self.out(h.transpose(1, 2).reshape(b, height, width, c))
+        return x + h.movedim(-1, 1)
+
+
+class QuickUNet(nn.Module):
+    """The small denoiser: `network(x, time, embedded)`.
+
+    Args:
+        in_channels: channels of x, plus those of `embedded.image` where one is given.
+        out_channels: channels of the output.
+        size: height and width of x, which decide the patch.
+        channels: of each level; every level halves the map.
+        blocks: residual blocks of each level, on the way down and on the way up; the last level's
+            once.
+        attention: how many blocks of the last level are followed by self-attention.
+        heads: of the attention.
+        embedding_dim: width of the time's embedding and of `embedded.vector`.
+        patch: pixels folded into channels, p x p; None for the largest power of two that leaves
+            the widest map 12 or more on a side.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        channels: Sequence[int] = (64, 128),
+        blocks: Sequence[int] = (2, 3),
+        attention: int = 1,
+        heads: int = 4,
+        embedding_dim: int = 128,
+        patch: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(blocks):
+            raise ValueError(
+                f"channels names {len(channels)} levels and blocks {len(blocks)}; "
+                "give as many of one as of the other"
+            )
+        depth = 2 ** (len(channels) - 1)
+        self.patch = patch or _patch(size, depth)
+        self.multiple = self.patch * depth
+        self._check_size(size, size)
+        self.time = nn.Sequential(
+            nn.Linear(FEATURES, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.widths = [c for c, n in zip(channels, blocks, strict=True) for _ in range(n)]
+        self.widths += self.widths[: -blocks[-1]][::-1]
+        self.modulate = _zero(nn.Linear(embedding_dim, 2 * sum(self.widths)))
+
+        self.conv_in = nn.Conv2d(in_channels * self.patch**2, channels[0], 3, padding=1)
+        *outer, inner = list(zip(channels, blocks, strict=True))
+        self.down = nn.ModuleList(_level(c, n) for c, n in outer)
+        self.fold = nn.ModuleList(
+            nn.Conv2d(4 * a, b, 1) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.middle = _level(*inner)
+        self.attend = nn.ModuleList(Attention(inner[0], heads) for _ in range(attention))
+        self.unfold = nn.ModuleList(
+            nn.Conv2d(b, 4 * a, 1) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.join = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c, _ in outer)
+        self.up = nn.ModuleList(_level(c, n) for c, n in outer)
+        self.conv_out = _zero(nn.Conv2d(channels[0], out_channels * self.patch**2, 3, padding=1))
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"images of {height}x{width} cannot pass through this network: sizes must be "
+                f"multiples of {self.multiple}"
+            )
+
+    def forward(self, x: Tensor, time: Tensor, embedded: Embedded | None = None) -> Tensor:
+        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W)."""
+        self._check_size(x.shape[-2], x.shape[-1])
+        features = sinusoidal(1000 * time, FEATURES).to(self.modulate.weight.dtype)
+        e = self.time(features)  # (B, D)
+        if embedded is not None and embedded.vector is not None:
+            e = e + embedded.vector
+        if embedded is not None and embedded.image is not None:
+            x = torch.cat([x, embedded.image], dim=1)
+        h = _fold(x, self.patch)
+        h = self.conv_in(h)
+        told = self._modulation(F.silu(e), h.dtype)
+        skips = []
+        for level, fold in zip(self.down, self.fold, strict=True):
+            h = _through(level, h, told)
+            skips.append(h)
+            h = fold(_fold(h, 2))
+        for i, block in enumerate(self.middle):
+            h = block(h, *next(told))
+            if i < len(self.attend):
+                h = self.attend[i](h)
+        for depth in reversed(range(len(self.up))):
+            h = F.pixel_shuffle(self.unfold[depth](h), 2)
+            h = self.join[depth](torch.cat([h, skips.pop()], dim=1))
+            h = _through(self.up[depth], h, told)
+        h = self.conv_out(F.silu(_normalise(h)))
+        return F.pixel_shuffle(h, self.patch)
+
+    def _modulation(self, e: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the scale and shift (B, C, 1, 1) of each block in turn."""
+        scale, shift = self.modulate(e).to(dtype)[:, :, None, None].chunk(2, dim=1)
+        scales, shifts = (scale + 1).split(self.widths, 1), shift.split(self.widths, 1)
+        return zip(scales, shifts, strict=True)
+
+
+def _level(channels: int, blocks: int) -> nn.ModuleList:
+    return nn.ModuleList(Block(channels) for _ in range(blocks))
+
+
+def _through(level: nn.Module, h: Tensor, told: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    for block in level.children():
+        h = block(h, *next(told))
+    return h
+
+
+def _fold(x: Tensor, patch: int) -> Tensor:
+    """Fold patches of (B, C, H, W) into channels, which stay last in memory where they are."""
+    return F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
+
+
+def _patch(size: int, depth: int) -> int:
+    """Return the largest power of two that leaves the map 12 or more on a side, divisible."""
+    patch = 1
+    while size >= 2 * patch * 12 and size % (2 * patch * depth) == 0:
+        patch *= 2
+    return patch
