@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step; parameters without a gradient stay."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
