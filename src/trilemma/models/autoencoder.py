@@ -25,9 +25,13 @@ Sentences from a Continuous Space", section 3.1; Sonderby et al. (2016).
     bernoulli           u y - s(y), u = (x + 1) / 2 in [0, 1] and softplus s: for pictures that are
                         nearly black and white
 
-With classes, both halves are told the label y, and the bound is on log p(x | y). Without a label,
-log p(x) is over equally frequent classes, and a latent is followed by the class that explains the
-image best, as a one-hot row: `decode(encode(x))` needs nothing else.
+With classes, both halves are told the label y, and each class has its own prior p(z | y), a
+diagonal Gaussian that learns with the rest: Sohn, Lee, Yan (2015), "Learning Structured Output
+Representation using Deep Conditional Generative Models", equation 4. (Under one prior for all, the
+latents tell the class, the decoder ignores its label, and samples mix the classes.) The bound is
+then on log p(x | y). Without a label, log p(x) is over equally frequent classes, and a latent is
+followed by the class that explains the image best, as a one-hot row: `decode(encode(x))` needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -43,9 +47,13 @@ from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import one_hot
 
 
-def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, I)), from (B, D) to (B,) nats."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+def gaussian_kl(
+    mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor
+) -> Tensor:
+    """KL of one diagonal Gaussian from another, the prior, from (B, D) to (B,) nats."""
+    spread = (log_variance - prior_log_variance).exp()
+    distance = (mean - prior_mean).square() * (-prior_log_variance).exp()
+    return 0.5 * (spread + distance - 1 + prior_log_variance - log_variance).sum(1)
 
 
 def gaussian_log_prob(image: Tensor, output: Tensor, log_sigma: Tensor) -> Tensor:
@@ -157,6 +165,9 @@ class VAE(Model):
         self.encoder, self.decoder = encoder, decoder
         self.latent, self.classes, self.likelihood = latent, classes, likelihood
         self.beta, self.warmup = beta, warmup
+        self.prior = nn.Linear(classes, 2 * latent, bias=False) if classes else None
+        if self.prior is not None:
+            nn.init.zeros_(self.prior.weight)
         if likelihood == "gaussian":
             self.log_sigma = nn.Parameter(torch.tensor(-1.0))
 
@@ -170,7 +181,7 @@ class VAE(Model):
         mean, log_variance = self._posterior(batch.image, label)
         latent = mean + (0.5 * log_variance).exp() * batch.rng.normal(self.latent)
         fit = self._log_likelihood(batch.image, latent, label).mean()
-        kl = kl_to_standard_normal(mean, log_variance).mean()
+        kl = gaussian_kl(mean, log_variance, *self._prior(label)).mean()
         beta = self.beta * min(1.0, batch.seen / self.warmup) if self.warmup else self.beta
         dims = batch.image[0].numel()
         losses = {"loss": (beta * kl - fit) / dims, "kl": kl.detach(), "fit": fit.detach()}
@@ -182,6 +193,13 @@ class VAE(Model):
         mean, log_variance = self.encoder(image, label).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-12, 8)
 
+    def _prior(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prior is None:
+            zero = label.new_zeros(len(label), self.latent)
+            return zero, zero
+        mean, log_variance = self.prior(label).float().chunk(2, dim=1)
+        return mean, log_variance
+
     def _log_likelihood(self, image: Tensor, latent: Tensor, label: Tensor) -> Tensor:
         output = self.decoder(latent, label).float()
         if self.likelihood == "gaussian":
@@ -189,10 +207,12 @@ class VAE(Model):
         return bernoulli_log_prob(image, output)
 
     def _bound(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
-        """Log p(x | z) + log p(z) - log q(z | x) at the z that `noise` (B, D) makes."""
+        """Log p(x | z) + log p(z | y) - log q(z | x) at the z that `noise` (B, D) makes."""
+        prior_mean, prior_log_variance = self._prior(label)
         mean, log_variance = self._posterior(image, label)
         latent = mean + (0.5 * log_variance).exp() * noise
-        ratio = 0.5 * (noise.square() + log_variance - latent.square()).sum(1)
+        from_prior = (latent - prior_mean).square() * (-prior_log_variance).exp()
+        ratio = 0.5 * (noise.square() + log_variance - from_prior - prior_log_variance).sum(1)
         return self._log_likelihood(image, latent, label) + ratio
 
     @torch.no_grad()
@@ -237,7 +257,9 @@ class VAE(Model):
         Args:
             condition: its label, where the model knows classes.
             rng: one stream per image.
-            temperature: scale of the latents; below 1, more typical images of fewer kinds.
+            temperature: scale of the latents' spread; below 1, more typical images of fewer kinds.
         """
         label = one_hot(condition.label, self.classes, condition.count, rng.device)
-        return self.decode(torch.cat([temperature * rng.normal(self.latent), label], dim=1))
+        mean, log_variance = self._prior(label)
+        latent = mean + temperature * (0.5 * log_variance).exp() * rng.normal(self.latent)
+        return self.decode(torch.cat([latent, label], dim=1))
