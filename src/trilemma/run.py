@@ -1,0 +1,204 @@
+"""The state of a training run, and its files: what the loop moves and a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import Tensor
+
+from trilemma import __version__, checkpoint, device, recipe
+from trilemma.data import Dataset
+from trilemma.errors import UserError
+from trilemma.model import Model, Phase
+from trilemma.optim import OPTIMIZERS
+from trilemma.sampling import Trained
+from trilemma.settings import SCHEDULES, Length, Progress, Settings
+
+
+class Run:
+    """What the training loop moves, and what a checkpoint holds.
+
+    Attributes:
+        model: in training.
+        average: its averaged weights, in evaluation mode: what is sampled and shared.
+        phases: of the model.
+        optimizers: one for each phase, by the phase's name.
+        rates: their learning rates before warm-up and schedule.
+        progress: how far the run has come.
+        length: how far it is to go.
+        spec: the resolved recipe.
+        out: the run folder.
+        rank: this process; the first writes the files.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        spec: dict[str, Any],
+        settings: Settings,
+        length: Length,
+        data: Dataset,
+        out: Path,
+        rank: int,
+        where: torch.device,
+    ) -> None:
+        self.model, self.spec, self.settings, self.length = model, spec, settings, length
+        self.data, self.out, self.rank, self.where = data, out, rank, where
+        self.seed = spec["run"]["seed"]
+        spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
+        self.progress = Progress()
+        self.phases = model.phases()
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.optimizers = {phase.name: self._optimizer(phase) for phase in self.phases}
+        self.rates = {
+            name: [group["lr"] for group in optimizer.param_groups]
+            for name, optimizer in self.optimizers.items()
+        }
+        self.dtype = device.dtype(settings.precision, where)
+        unknown = settings.phases.keys() - self.optimizers.keys()
+        if unknown:
+            raise UserError(
+                f"[train.phases.{min(unknown)}] names no phase; this model has "
+                f"{', '.join(self.optimizers)}"
+            )
+
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        chosen = {**self.settings.optimizer, **self.settings.phases.get(phase.name, {})}
+        kind = chosen.pop("type", "adam")
+        if kind not in OPTIMIZERS:
+            raise UserError(f"no optimizer '{kind}'; there is {', '.join(OPTIMIZERS)}")
+        recipe.check_arguments(OPTIMIZERS[kind], {"params": 0, **chosen}, f"optimizer {kind}")
+        learn = [p for module in phase.modules for p in module.parameters() if p.requires_grad]
+        return OPTIMIZERS[kind](learn, **chosen)
+
+    def rate(self, done: float) -> float:
+        """Return the factor on every learning rate when `done` of the run is done."""
+        warmup = self.settings.warmup
+        rise = min(1.0, (self.progress.seen + self.settings.batch) / warmup) if warmup else 1.0
+        return rise * SCHEDULES[self.settings.schedule](done)
+
+    @torch.no_grad()
+    def update_average(self, images: int) -> None:
+        """Move the averaged weights by an exponential average with a half-life in images."""
+        halflife = min(self.settings.ema_halflife, self.progress.seen * self.settings.ema_rampup)
+        weight = 1.0 - 0.5 ** (images / halflife) if halflife else 1.0
+        torch._foreach_lerp_(
+            list(self.average.parameters()), list(self.model.parameters()), weight
+        )
+        for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            mean.copy_(value)
+
+    def trained(self) -> Trained:
+        """Return the model so far, with its averaged weights."""
+        return Trained(self.average, self.spec, self._data(), asdict(self.progress), self.out)
+
+    def _data(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "count": len(data),
+            "shape": list(data.shape),
+            "label_names": data.label_names,
+            "attribute_names": data.attribute_names,
+        }
+
+    def write_recipe(self) -> None:
+        """Write the resolved recipe into the run folder."""
+        temporary = self.out / ".recipe.toml.tmp"
+        temporary.write_bytes(tomli_w.dumps(self.spec).encode())
+        checkpoint.replace(temporary, self.out / "recipe.toml")
+
+    def save(self) -> None:
+        """Write the run's state and its model; the first process does it for all."""
+        if self.rank != 0:
+            return
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "model": checkpoint.flatten("model", self.model.state_dict(), tensors),
+            "average": checkpoint.flatten("average", self.average.state_dict(), tensors),
+            "optimizers": checkpoint.flatten(
+                "optimizers", {k: o.state_dict() for k, o in self.optimizers.items()}, tensors
+            ),
+        }
+        about = {
+            "trilemma": __version__,
+            "recipe": self.spec,
+            "data": self._data(),
+            "progress": asdict(self.progress),
+        }
+        checkpoint.write(
+            self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
+        )
+        checkpoint.write(self.out / "model.safetensors", self.average.state_dict(), about)
+
+    def restore(self, keep_length: bool) -> None:
+        """Take up the state in the run folder, and its length too if `keep_length`.
+
+        Raises:
+            UserError: there is none, or it is of another recipe or other data.
+        """
+        path = self.out / "training" / "state.safetensors"
+        if not path.exists():
+            raise UserError(f"there is nothing to resume in {self.out}; leave out --resume")
+        tensors, facts = checkpoint.read(path)
+        differs = _differences(json.loads(json.dumps(self.spec)), facts["recipe"])
+        if differs:
+            raise UserError(
+                f"{self.out} was trained with another recipe: {differs[0]}; resume with the same "
+                f"recipe and settings, or start anew in another --out (--init {self.out})"
+            )
+        if facts["data"]["fingerprint"] != self.data.fingerprint:
+            raise UserError(
+                f"the pictures have changed since {self.out} was begun; restore them, or start "
+                f"anew in another --out (--init {self.out})"
+            )
+        state = {k: checkpoint.unflatten(rest, tensors) for k, rest in facts["state"].items()}
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+            for parameter, own in optimizer.state.items():
+                for key, value in own.items():  # fused steps need the parameter's memory layout
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        own[key] = torch.empty_like(parameter).copy_(value)
+        self.progress = Progress(**facts["progress"])
+        if keep_length:
+            self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
+            self.length = Length(**self.spec["run"]["length"])
+
+
+def start_from(model: Model, other: Model, where: str) -> None:
+    """Copy every weight of `other` that has the same name and shape in `model`.
+
+    Raises:
+        UserError: none has.
+    """
+    own, given = model.state_dict(), other.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in given.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    if not fitting:
+        raise UserError(f"no weight of {where} fits this recipe; --init needs a run of its kind")
+    model.load_state_dict(fitting, strict=False)
+
+
+def _differences(new: Any, old: Any, path: str = "") -> list[str]:
+    """List what differs between two nested specs, as `key: new here, old there`."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        keys = list(dict.fromkeys([*new, *old]))
+        return [
+            found
+            for key in keys
+            if f"{path}.{key}" not in (".about", "run.length", "run.data")
+            for found in _differences(new.get(key), old.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if new == old else [f"{path} is {new} now and was {old}"]
