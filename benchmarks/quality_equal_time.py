@@ -18,6 +18,7 @@ compares with the test pictures: the Fréchet distance to all of them, recall (k
 import argparse
 import platform
 import statistics as numbers
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,6 +118,12 @@ def draw_theirs(net: ClassConditionedUnet, train: Dataset, n: int, calls: int) -
     return torch.cat(parts)
 
 
+def tell(what: str, scores: dict[str, float]) -> None:
+    """Print scores as soon as they are known: a run takes half an hour."""
+    told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    print(f"{time.strftime('%H:%M:%S')} {what}: {told}", file=sys.stderr, flush=True)
+
+
 def speeds(sides: list[Callable[[int], Tensor]], n: int) -> list[float]:
     """Return each side's images per second, the median of rounds taken in turn."""
     taken: list[list[float]] = [[] for _ in sides]
@@ -143,15 +150,13 @@ def main() -> None:
     train, test = (pictures.load(options.data, split=s) for s in ("train", "test"))
     judge = Judge(test, n)
     floor = judge(torch.as_tensor(np.asarray(train.images[:n])))
-
-    net, seen_theirs = train_theirs(train, seconds)
-    drawn_theirs = draw_theirs(net, train, n, calls)
-    theirs = judge(drawn_theirs)
+    tell("real pictures", floor)
 
     trace: list[tuple[float, dict[str, float]]] = []
 
     def probe(trained: Trained, elapsed: float) -> dict[str, float]:
         trace.append((elapsed, judge(trained.sample(n, steps=calls))))
+        tell(f"ours after {elapsed:.0f} s", trace[-1][1])
         return trace[-1][1]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -167,6 +172,12 @@ def main() -> None:
         )
     drawn_ours = ours.sample(n, steps=calls)
     final = judge(drawn_ours)
+    tell(f"ours at the end, {ours.progress['seen']} images", final)
+
+    net, seen_theirs = train_theirs(train, seconds)
+    drawn_theirs = draw_theirs(net, train, n, calls)
+    theirs = judge(drawn_theirs)
+    tell(f"theirs at the end, {seen_theirs} images", theirs)
     rate_theirs = seen_theirs / seconds
     rate_ours = ours.progress["seen"] / ours.progress["elapsed"]
     speed_ours, speed_theirs = speeds(
