@@ -89,7 +89,7 @@ def train_theirs(train: Dataset, seconds: float) -> tuple[ClassConditionedUnet, 
     net = ClassConditionedUnet(train.shape, len(train.label_names))
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    images, labels = torch.as_tensor(np.asarray(train.images)), torch.as_tensor(train.label)
+    images, labels = torch.tensor(np.asarray(train.images)), torch.tensor(train.label)
     seen, start = 0, time.perf_counter()
     while True:
         for index in torch.randperm(len(images)).split(128):
@@ -149,7 +149,7 @@ def main() -> None:
 
     train, test = (pictures.load(options.data, split=s) for s in ("train", "test"))
     judge = Judge(test, n)
-    floor = judge(torch.as_tensor(np.asarray(train.images[:n])))
+    floor = judge(torch.tensor(np.asarray(train.images[:n])))
     tell("real pictures", floor)
 
     trace: list[tuple[float, dict[str, float]]] = []
