@@ -3,10 +3,18 @@
 Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", table
 1; the Lite variant drops squeeze-and-excitation and uses ReLU6. An inverted residual block expands
 its channels (1x1), filters each on its own (k x k, depthwise), and projects back (1x1, linear).
+
+TensorFlow's "SAME" rule pads a strided convolution's odd pixel right and below, which PyTorch can
+only do by copying the image. Turned by 180 degrees, image and filters, the odd pixel comes first,
+and symmetric padding does the same: of an even side the last padded pixel is not read, and an odd
+side takes one less. So the network sees the image turned, with turned filters: the same numbers in
+two thirds of the time. The paddings are those of 224 pixels at all sizes, as in the published
+PyTorch module, whose features these are to equal.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,21 +35,17 @@ _SPATIAL_STAGE = 4  # the last at stride 16: 112 channels
 
 
 class _Conv(nn.Conv2d):
-    """A convolution padded as at the network's native 224 pixels, whatever the input's size.
-
-    There TensorFlow's "SAME" rule puts a strided convolution's odd pixel right and below. The
-    published PyTorch module keeps those paddings at all sizes, and features are to equal its own.
-    """
+    """A convolution of a turned image, padded as the published module pads the image itself."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
-        padding = (kernel - 1) // 2 if stride == 1 else 0
-        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups)
-        before = (kernel - 2) // 2  # for stride 2
-        after = kernel - 2 - before
-        self.around = (before, after, before, after) if stride == 2 else None
+        super().__init__(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.around is None else F.pad(x, self.around))
+        if self.stride == (1, 1):
+            return super().forward(x)
+        sides = zip(self.kernel_size, x.shape[2:], strict=True)
+        pad = [(kernel - 1) // 2 - side % 2 for kernel, side in sides]
+        return F.conv2d(x, self.weight, self.bias, self.stride, pad, groups=self.groups)
 
 
 class _Block(nn.Module):
@@ -62,7 +66,8 @@ class _Block(nn.Module):
 class EfficientNetLite0(nn.Module):
     """Maps images (B, 3, H, W), normalised as `(pixel - 127) / 128`, to features.
 
-    For inference only: batch norms are folded in by `load_published`, and there is no dropout.
+    For inference only: batch norms are folded in by `load_published`,
+    and there is no dropout.
     """
 
     def __init__(self) -> None:
@@ -80,6 +85,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return pooled features (B, 1280), the map (B, 112, H/16, W/16), and logits (B, 1000)."""
+        x = x.flip(2, 3).contiguous(memory_format=torch.channels_last)
         x = F.relu6(self.stem(x), inplace=True)
         spatial = x
         for index, stage in enumerate(self.stages):
@@ -87,7 +93,8 @@ class EfficientNetLite0(nn.Module):
             if index == _SPATIAL_STAGE:
                 spatial = x
         pooled = F.relu6(self.head(x), inplace=True).float().mean((2, 3))
-        return pooled, spatial, F.linear(pooled, self.classify.weight, self.classify.bias)
+        logits = F.linear(pooled, self.classify.weight, self.classify.bias)
+        return pooled, spatial.flip(2, 3), logits
 
     def load_published(self, state: dict[str, Tensor]) -> None:
         """Load weights in the key layout of the `efficientnet-lite-pytorch` package.
@@ -100,7 +107,7 @@ class EfficientNetLite0(nn.Module):
 
         def fold(own: str, conv: str, norm: str) -> None:
             weight, bias = fold_norm(state, conv, norm, _EPSILON)
-            folded[f"{own}.weight"], folded[f"{own}.bias"] = weight, bias
+            folded[f"{own}.weight"], folded[f"{own}.bias"] = weight.flip(2, 3), bias
 
         try:
             fold("stem", "_conv_stem", "_bn0")
