@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint coverage benchmarks clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/trilemma compare quick-vae quick-gan quick-diffusion --data fashion --budget 3m -n 1000 --out demo
@@ -14,7 +14,8 @@ demo: $(VENV)/installed
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --cov=trilemma --cov-report=term:skip-covered
 
-test-slow: $(VENV)/dev
+# Long runs, and parity with published implementations, which are installed for it.
+test-slow: $(VENV)/peers
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev
@@ -30,6 +31,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/peers: benchmarks/requirements.txt | $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite-pytorch torch-fidelity
 	@touch $@
 
 clean:
