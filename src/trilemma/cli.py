@@ -303,8 +303,8 @@ def edit_arithmetic(
     names, images = _read(trained, pictures)
     groups = _read(trained, plus)[1], _read(trained, minus)[1]
     made = edit.arithmetic(trained, images, *groups, strength)
-    facts = {"edit": "arithmetic", "pictures": names, "plus": plus, "minus": minus}
-    facts["strength"] = strength
+    facts: dict[str, Any] = {"edit": "arithmetic", "pictures": names, "strength": strength}
+    facts |= {"plus": plus, "minus": minus}
     _wrote(edit.save(trained, made, out, facts, columns=8), as_json)
 
 

@@ -8,7 +8,8 @@ few as they are needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from trilemma.data.decode import decode
 from trilemma.data.listing import Unusable
 from trilemma.data.named import NAMES, find
 from trilemma.errors import UserError
+
+Read = Callable[[], bytes | np.ndarray]
 
 __all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load", "pictures"]
 
@@ -82,16 +85,17 @@ def pictures(
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() != ".zip":
-        names, skipped, read = [path.name], {}, lambda name: path.read_bytes()
+        contents: Iterator[tuple[str, Read]] = iter([(path.name, path.read_bytes)])
+        skipped: dict[str, str] = {}
     else:
         files = find(source)
         listing = files.listing()
-        names, skipped = [item.path for item in listing.items], dict(listing.unusable)
-        read = files.read
+        contents = ((item.path, partial(files.read, item.path)) for item in listing.items)
+        skipped = dict(listing.unusable)
     taken: dict[str, np.ndarray] = {}
-    for name in names:
+    for name, read in contents:
         try:
-            pixels = decode(read(name), shape[1], background, grey=shape[0] == 1)
+            pixels = decode(read(), shape[1], background, grey=shape[0] == 1)
         except Unusable as error:
             skipped[name] = str(error)
         else:
