@@ -31,6 +31,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+edit_app = typer.Typer(
+    help="Change pictures in a model's latent space: the same verbs for every family that has one.",
+    no_args_is_help=True,
+)
+app.add_typer(edit_app, name="edit")
 screen = Console(stderr=True, highlight=False)
 
 
@@ -97,6 +102,11 @@ Features = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a solver.")]
 Solver = Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m ...")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
+
+
+Run = Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")]
+Pictures = Annotated[str, typer.Argument(help="A picture, or a folder or zip of them.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for pictures.", show_default=False)]
 
 
 def _say(result: Any) -> None:
@@ -216,6 +226,106 @@ def sample(
         _say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+def _read(trained: Any, source: str) -> tuple[list[str], Any]:
+    """Read pictures as a model wants them, and tell of those that cannot be used."""
+    from trilemma import data
+
+    names, images, skipped = data.pictures(source, trained.data["shape"])
+    for name, reason in skipped.items():
+        screen.print(f"left out: {name}: {reason}", markup=False)
+    return names, images
+
+
+def _wrote(paths: list[Path], as_json: bool) -> None:
+    if as_json:
+        _say({"images": [str(path) for path in paths[:-1]], "grid": str(paths[-1])})
+    else:
+        screen.print(f"{len(paths) - 1} pictures, all on one sheet in {paths[-1]}")
+
+
+@edit_app.command("reconstruct")
+def edit_reconstruct(
+    run: Run, pictures: Pictures, out: OutFolder, device: Device = None, as_json: Json = False
+) -> None:
+    """Encode pictures and decode them: what the model keeps. The sheet shows both, side by side."""
+    import torch
+
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    made = edit.reconstruct(trained, images)
+    facts = {"edit": "reconstruct", "pictures": names}
+    paths = edit.save(trained, made, out, facts, columns=8)
+    pairs = torch.stack([images, made], 1).flatten(0, 1)
+    sampling.grid(pairs[:128], 8).save(paths[-1])
+    _wrote(paths, as_json)
+
+
+@edit_app.command("interpolate")
+def edit_interpolate(
+    run: Run,
+    first: Annotated[str, typer.Argument(help="A picture, or a folder or zip of them.")],
+    second: Annotated[str, typer.Argument(help="As many pictures, to which the ways lead.")],
+    out: OutFolder,
+    steps: Annotated[int, typer.Option(min=2, help="Pictures on each way, with its ends.")] = 8,
+    path: Annotated[str, typer.Option(help="spherical or linear.")] = "spherical",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Walk from each picture to another through the latent space; a row of the sheet each."""
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    (names, images), (others, targets) = _read(trained, first), _read(trained, second)
+    made = edit.interpolate(trained, images, targets, steps, path)
+    facts = {"edit": "interpolate", "path": path, "first": names, "second": others}
+    _wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=steps), as_json)
+
+
+@edit_app.command("arithmetic")
+def edit_arithmetic(
+    run: Run,
+    pictures: Pictures,
+    plus: Annotated[str, typer.Option(help="Pictures that have what is to be added.")],
+    minus: Annotated[str, typer.Option(help="Pictures that lack it.")],
+    out: OutFolder,
+    strength: Annotated[float, typer.Option(help="How much is added; below 0 takes away.")] = 1.0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Move pictures along the mean difference of two groups: with glasses minus without, say."""
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    groups = _read(trained, plus)[1], _read(trained, minus)[1]
+    made = edit.arithmetic(trained, images, *groups, strength)
+    facts: dict[str, Any] = {"edit": "arithmetic", "pictures": names, "strength": strength}
+    facts |= {"plus": plus, "minus": minus}
+    _wrote(edit.save(trained, made, out, facts, columns=8), as_json)
+
+
+@app.command()
+def score(
+    run: Run, pictures: Pictures, device: Device = None, as_json: Json = False
+) -> None:
+    """Say which pictures the model finds strange, the strangest first: anomaly detection."""
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    scores, measure = edit.score(trained, images)
+    rows = sorted(zip(scores.tolist(), names, strict=True), reverse=True)
+    if as_json:
+        listed = [{"picture": name, "score": value} for value, name in rows]
+        _say({"measure": measure, "scores": listed})
+        return
+    print(f"{measure}, highest is strangest")
+    for value, name in rows:
+        print(f"{value:10.3f}  {name}")
 
 
 @app.command()

@@ -1,24 +1,32 @@
 """Pictures in any layout to training batches: load, batches, check.
 
 `load` takes a name or a path and returns a Dataset; `batches` turns it into the endless training
-stream; `check` says what is in a folder and which of its files cannot be used.
+stream; `check` says what is in a folder and which of its files cannot be used; `pictures` reads a
+few as they are needed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ImageColor
 
 from trilemma.data.cache import Settings, open_cache
 from trilemma.data.check import check, describe
 from trilemma.data.dataset import Dataset, batches
+from trilemma.data.decode import decode
+from trilemma.data.listing import Unusable
 from trilemma.data.named import NAMES, find
 from trilemma.errors import UserError
 
-__all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load"]
+Read = Callable[[], bytes | np.ndarray]
+
+__all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load", "pictures"]
 
 
 def load(
@@ -57,6 +65,45 @@ def load(
     found = find(source)
     folder = open_cache(found, Settings(size, multiple, channels, background))
     return _open(folder, str(source), split)
+
+
+def pictures(
+    source: str | Path, shape: Sequence[int], background: str = "white"
+) -> tuple[list[str], torch.Tensor, dict[str, str]]:
+    """Read pictures in their order, brought to one shape as for training, not cached.
+
+    Args:
+        source: one picture file, or what `load` takes.
+        shape: (C, H, W) with H = W and C of 1 or 3.
+        background: what shows through transparent parts.
+
+    Returns:
+        Their names, the pictures as uint8 (N, C, H, W), and path -> reason of what cannot be used.
+
+    Raises:
+        UserError: nothing there can be used.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() != ".zip":
+        contents: Iterator[tuple[str, Read]] = iter([(path.name, path.read_bytes)])
+        skipped: dict[str, str] = {}
+    else:
+        files = find(source)
+        listing = files.listing()
+        contents = ((item.path, partial(files.read, item.path)) for item in listing.items)
+        skipped = dict(listing.unusable)
+    taken: dict[str, np.ndarray] = {}
+    for name, read in contents:
+        try:
+            pixels = decode(read(), shape[1], background, grey=shape[0] == 1)
+        except Unusable as error:
+            skipped[name] = str(error)
+        else:
+            taken[name] = np.broadcast_to(pixels, tuple(shape))
+    if not taken:
+        told = next((f"{name}: {reason}" for name, reason in skipped.items()), "no pictures")
+        raise UserError(f"{source} holds no picture that can be used ({told})")
+    return list(taken), torch.from_numpy(np.stack(list(taken.values()))), skipped
 
 
 def _open(folder: Path, name: str, split: str) -> Dataset:

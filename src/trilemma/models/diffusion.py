@@ -25,12 +25,14 @@ from trilemma.codecs import Pixels
 from trilemma.conditioning import Labels
 from trilemma.diffusion.guidance import Denoiser, classifier_free, clipped
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import GRIDS, SOLVERS
+from trilemma.diffusion.solvers import GRIDS, SOLVERS, heun, karras
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Uniform
 from trilemma.diffusion.weights import LOSSES, Even
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded
+
+INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
 
 
 class Diffusion(Model):
@@ -131,6 +133,26 @@ class Diffusion(Model):
 
             denoise = classifier_free(both, guidance)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of.
+
+        The probability-flow equation followed from picture to noise (Song et al. 2021, "Denoising
+        Diffusion Implicit Models", section 4.3), with nothing said of the picture.
+        """
+        times = karras(self.schedule, INVERSION_STEPS)[:-1].flip(0)  # from all but clean to noise
+        alpha, _ = self.schedule(times[:1])
+        return self._flow(float(alpha) * self.codec.encode(image), times)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1] by the same equation."""
+        return self.codec.decode(self._flow(latent, karras(self.schedule, INVERSION_STEPS)))
+
+    def _flow(self, x: Tensor, times: Tensor) -> Tensor:
+        rng = Rng(torch.zeros(len(x), dtype=torch.int64), x.device)  # heun draws nothing
+        nothing = self.conditioner.nothing(Condition(len(x)))
+        denoise: Denoiser = lambda x, t: self.denoise(x, t, nothing)  # noqa: E731
+        return deque(heun(denoise, x, times, self.schedule, rng), maxlen=1).pop()
 
     def sample_steps(
         self,

@@ -1,0 +1,222 @@
+"""What a latent space is for: the same verbs for every family that has one.
+
+A model that maps pictures to latents and back (`HasLatents`) can restore a picture from its latent,
+walk from one picture to another, move a picture along the difference of two groups, and tell which
+pictures it finds strange. Latents are (B, ...) tensors whose meaning is the family's own; here they
+are points on which three formulas act, with w the angle between a and b:
+
+    linear        (1 - s) a + s b
+    spherical     sin((1 - s) w) / sin w a + sin(s w) / sin w b
+    arithmetic    z + strength (mean of z_plus - mean of z_minus)
+
+Spherical: Shoemake 1985, "Animating Rotation with Quaternion Curves"; White 2016, "Sampling
+Generative Networks", section 2.1: latents drawn from a Gaussian lie near a sphere, and the straight
+line between two of them leaves it. Arithmetic: Radford, Metz, Chintala 2015, section 6.3.2; Larsen
+et al. 2016, "Autoencoding beyond pixels using a learned similarity metric".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import PngImagePlugin
+from torch import Tensor
+
+from trilemma import device
+from trilemma.batch import to_float, to_uint8
+from trilemma.errors import UserError
+from trilemma.model import HasLatents, HasLikelihood
+from trilemma.sampling import Trained, grid, to_pil
+
+BATCH = 64
+
+
+def reconstruct(trained: Trained, images: Tensor) -> Tensor:
+    """Return what is left of uint8 images (N, C, H, W) after encoding and decoding.
+
+    A noisy picture comes back cleaner from a model whose latents have no room for noise.
+
+    Raises:
+        UserError: the model has no latents, or the images are not of its shape.
+    """
+    return _decode(trained, encode(trained, images))
+
+
+def interpolate(
+    trained: Trained, first: Tensor, second: Tensor, steps: int = 8, path: str = "spherical"
+) -> Tensor:
+    """Walk from each picture of `first` to its partner in `second`.
+
+    Args:
+        trained: a model with latents.
+        first: uint8 (N, C, H, W).
+        second: of the same shape.
+        steps: pictures on each way, both ends included; at least 2.
+        path: "spherical" or "linear".
+
+    Returns:
+        uint8 (N, steps, C, H, W).
+
+    Raises:
+        UserError: as `reconstruct`; an unknown path; fewer than 2 steps.
+    """
+    if path not in PATHS:
+        raise UserError(f"no path '{path}'; there is {', '.join(PATHS)}")
+    if steps < 2 or first.shape != second.shape:
+        raise UserError(
+            f"{steps} steps between {len(first)} and {len(second)} pictures: expected at least 2 "
+            "steps and as many pictures on one side as on the other"
+        )
+    a, b = encode(trained, first), encode(trained, second)
+    way = [PATHS[path](a, b, i / (steps - 1)) for i in range(steps)]
+    pictures = _decode(trained, torch.stack(way, 1).flatten(0, 1))
+    return pictures.unflatten(0, (len(first), steps))
+
+
+def arithmetic(
+    trained: Trained, images: Tensor, plus: Tensor, minus: Tensor, strength: float = 1.0
+) -> Tensor:
+    """Move pictures along the difference between the mean latents of two groups.
+
+    Args:
+        trained: a model with latents.
+        images: uint8 (N, C, H, W), to be changed.
+        plus: uint8 (P, C, H, W), pictures that have what is to be added.
+        minus: uint8 (M, C, H, W), pictures that lack it.
+        strength: how much of the difference is added; negative takes it away.
+
+    Returns:
+        uint8 (N, C, H, W).
+
+    Raises:
+        UserError: as `reconstruct`.
+    """
+    direction = encode(trained, plus).mean(0) - encode(trained, minus).mean(0)
+    return _decode(trained, encode(trained, images) + strength * direction)
+
+
+def score(trained: Trained, images: Tensor) -> tuple[Tensor, str]:
+    """Return how strange each picture is to the model (N,), higher is stranger, and by what.
+
+    By what the latents lose of it, the root of the mean squared error on the scale of 0 to 255,
+    where the model has latents; else by its negative log-likelihood in nats per pixel and channel.
+    (A likelihood alone favours smooth pictures whatever they show: Nalisnick et al. 2019, "Do Deep
+    Generative Models Know What They Don't Know?".)
+
+    Raises:
+        UserError: the model has neither, or the images are not of its shape.
+    """
+    if isinstance(trained.model, HasLatents):
+        lost = reconstruct(trained, images).float() - images.float()
+        return lost.square().flatten(1).mean(1).sqrt(), "reconstruction error (0-255)"
+    model = trained.model
+    if not isinstance(model, HasLikelihood):
+        raise UserError(
+            f"{trained.name} has neither latents nor likelihoods, by which pictures are scored; "
+            "train a vae, for example"
+        )
+    with _inference(trained) as where:
+        parts = [model.log_prob(part) for part in _floats(trained, images, where)]
+    return -torch.cat(parts).cpu() / images[0].numel(), "negative log-likelihood (nats/dimension)"
+
+
+def encode(trained: Trained, images: Tensor) -> Tensor:
+    """Return the latents (N, ...) of uint8 images (N, C, H, W); errors as `reconstruct`."""
+    model = _latents(trained)
+    with _inference(trained) as where:
+        parts = [model.encode(part).float() for part in _floats(trained, images, where)]
+    return torch.cat(parts)
+
+
+def save(
+    trained: Trained, images: Tensor, out: str | Path, facts: dict[str, Any], columns: int
+) -> list[Path]:
+    """Write uint8 images (N, C, H, W) as numbered PNGs and `grid.png`; return their paths.
+
+    Every PNG carries `facts` and the model's recipe as JSON under `trilemma`.
+
+    Raises:
+        UserError: `out` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for the pictures")
+    out.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("trilemma", json.dumps({**facts, "recipe": trained.recipe}))
+    paths = [out / f"{i:05d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        to_pil(image).save(path, pnginfo=info)
+    grid(images[: 16 * columns], columns).save(out / "grid.png", pnginfo=info)
+    return [*paths, out / "grid.png"]
+
+
+def linear(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Return the points (N, ...) at `share` of the straight way from a to b."""
+    return torch.lerp(a, b, share)
+
+
+def spherical(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Return the points (N, ...) at `share` of the great circle's way from a to b.
+
+    Where a and b point the same way the way is straight.
+    """
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
+    angle = cosine.acos()[:, None]  # (N, 1)
+    curved = ((1 - share) * angle).sin() * flat_a + (share * angle).sin() * flat_b
+    sine = angle.sin()
+    straight = torch.lerp(flat_a, flat_b, share)
+    return torch.where(sine > 1e-4, curved / sine.clamp(min=1e-4), straight).view_as(a)
+
+
+PATHS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "spherical": spherical,
+    "linear": linear,
+}
+
+
+def _latents(trained: Trained) -> HasLatents:
+    if not isinstance(trained.model, HasLatents):
+        raise UserError(
+            f"{trained.name} is a {type(trained.model).__name__}, which has no latents to edit; "
+            "use a vae, a flow or a diffusion model"
+        )
+    return trained.model
+
+
+def _decode(trained: Trained, latents: Tensor) -> Tensor:
+    model = _latents(trained)
+    with _inference(trained):
+        return torch.cat([to_uint8(model.decode(part)).cpu() for part in latents.split(BATCH)])
+
+
+def _floats(trained: Trained, images: Tensor, where: torch.device) -> Iterator[Tensor]:
+    """Yield uint8 images as float batches on `where`."""
+    expected = tuple(trained.data["shape"])
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise UserError(
+            f"the pictures are {images.dtype} of {tuple(images.shape)}; {trained.name} was trained "
+            f"on uint8 pictures of {expected}"
+        )
+    if not len(images):
+        raise UserError("there are no pictures; give at least one")
+    for part in images.split(BATCH):
+        yield to_float(part).to(where)
+
+
+@contextmanager
+def _inference(trained: Trained) -> Iterator[torch.device]:
+    """Work under the number format the model was trained in; gives its device.
+
+    Not in inference mode: a family may search its latents by gradients.
+    """
+    where = next(trained.model.parameters()).device
+    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    with torch.no_grad(), device.autocast(dtype, where):
+        yield where
