@@ -30,10 +30,20 @@ def test_precision():
         device.dtype("half", CPU)
 
 
-@pytest.mark.parametrize("fast, expected", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_precision_follows_the_processor(monkeypatch, fast, expected):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+@pytest.mark.parametrize(
+    "can, gain, expected",
+    [(True, 2.0, torch.bfloat16), (True, 0.6, torch.float32), (False, 2.0, torch.float32)],
+)
+def test_auto_precision_is_bfloat16_only_where_the_processor_gains(
+    monkeypatch, can, gain, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: can)
+    monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
     assert device.dtype("auto", CPU) == expected
+
+
+def test_the_gain_is_measured():
+    assert 0.01 < device._bf16_gain() < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

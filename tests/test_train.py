@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from trilemma import checkpoint, training
+from trilemma import checkpoint, device, training
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 
@@ -196,6 +196,15 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     for key, value in weights(tmp_path / "one").items():
         assert torch.allclose(value, weights(tmp_path / "two")[key], atol=1e-4), key
+
+
+def test_a_resumed_run_keeps_its_number_format(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "dtype", lambda precision, where: torch.bfloat16)
+    fit(data, tmp_path / "run", steps=2)
+    monkeypatch.setattr(device, "dtype", lambda precision, where: torch.float32)
+    fit(data, tmp_path / "run", steps=4, resume=True)
+    _, facts = checkpoint.read(tmp_path / "run" / "training" / "state.safetensors")
+    assert facts["precision"] == "bf16"
 
 
 @pytest.mark.slow

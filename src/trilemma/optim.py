@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilemma import device
+
 NARROWEST = 16  # a matrix with fewer rows or columns has no directions to even out
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
@@ -110,12 +112,12 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Return about U V^T of matrices (..., rows, columns) = U S V^T, in their type.
 
-    Singular values come out between about 0.7 and 1.2. Computed in bfloat16.
+    Singular values come out between about 0.7 and 1.2. Computed in bfloat16 where that is faster.
     """
     a, b, c = POLYNOMIAL
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)).bfloat16()
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)).to(device.dtype("auto", x.device))
     for _ in range(ROUNDS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x

@@ -132,6 +132,7 @@ class Run:
             "recipe": self.spec,
             "data": self._data(),
             "progress": asdict(self.progress),
+            "precision": next(k for k, v in device.FORMATS.items() if v == self.dtype),
         }
         checkpoint.write(
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
@@ -169,6 +170,7 @@ class Run:
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         own[key] = torch.empty_like(parameter).copy_(value)
         self.progress = Progress(**facts["progress"])
+        self.dtype = device.FORMATS[facts["precision"]]
         if keep_length:
             self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
             self.length = Length(**self.spec["run"]["length"])
