@@ -16,13 +16,23 @@ from trilemma import recipe, sampling, training
 from trilemma.data import batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
+from trilemma.translation import translate
 
 RECIPES = recipe.names()
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all")
+def sets(tmp_path_factory):
+    """The data for recipes by whether they translate: class folders, or two domains."""
+    return {
+        False: load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all"),
+        True: load_data(tiny.domains(tmp_path_factory.mktemp("domains")), split="train"),
+    }
+
+
+@pytest.fixture
+def data(name, sets):
+    return sets[tiny.translates(name)]
 
 
 def build(name, data, seed=0):
@@ -117,7 +127,7 @@ def _stop_after(step):
     return probe
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if not tiny.translates(name)])
 def test_samples(name, data, tmp_path):
     trained = fit(name, data, tmp_path / "run", steps=2)
     options = {"steps": 3} if "steps" in trained.sample_defaults else {}
@@ -130,6 +140,20 @@ def test_samples(name, data, tmp_path):
     assert not torch.equal(images[0], images[3]) or trained.sample(1, seed=9).std() == 0
     with pytest.raises(UserError, match="it takes"):
         trained.sample(1, no_such_option=1)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.translates(name)])
+def test_translations(name, data, tmp_path):
+    trained = fit(name, data, tmp_path / "run", steps=2)
+    source = data.tensor(slice(6))
+    images = translate(trained, source)
+    assert images.shape == (6, *data.shape) and images.dtype == torch.uint8
+    loaded = sampling.load(tmp_path / "run")
+    assert torch.equal(translate(loaded, source), images), "a reloaded model differs"
+    apart = translate(trained, source, batch=2).int()
+    assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
+    with pytest.raises(UserError, match="trilemma translate"):
+        trained.sample(1)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -46,8 +46,9 @@ def trained(folder, tmp_path_factory):
 
     def fit(name):
         if not (out / name).exists():
+            pictures = tiny.domains(out / f"{name}-data") if tiny.translates(name) else folder
             training.train(
-                name, folder, out=out / name, steps=3, seed=1, quiet=True,
+                name, pictures, out=out / name, steps=3, seed=1, quiet=True,
                 overrides=tiny.overrides(name),
             )  # fmt: skip
         return sampling.load(out / name)

@@ -16,6 +16,8 @@ SMALL: dict[str, dict] = {
     "networks.dcgan.Generator": {"channels": 4},
     "networks.dcgan.Critic": {"channels": 4},
     "networks.modulated.Generator": {"channels": 4},
+    "networks.resnet_generator.Generator": {"channels": 4, "blocks": 1},
+    "networks.patchgan.Critic": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
@@ -41,6 +43,20 @@ def _changes(path, spec):
             yield from _changes(f"{path}.{key}", value)
     for key, value in SMALL.get(spec.get("type", ""), {}).items():
         yield f"{path}.{key}={value}"
+
+
+def translates(name: str) -> bool:
+    """Whether a packaged recipe needs pictures of two domains."""
+    return recipe.load(name).get("data", {}).get("pair") == "unpaired"
+
+
+def domains(folder: Path) -> Path:
+    """Write trainA and trainB, of 12 and 10 pictures: bright shapes on dark, dark on bright."""
+    pictures(folder / "trainA", 12, 1)
+    pictures(folder / "trainB", 10, 1)
+    for path in (folder / "trainB").rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    return folder
 
 
 def pictures(folder: Path, count: int = 20, classes: int = 3) -> Path:

@@ -309,6 +309,32 @@ def edit_arithmetic(
 
 
 @app.command()
+def translate(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    direction: Annotated[str, typer.Option(help="a-to-b (of trainA and trainB) or b-to-a.")] = (
+        "a-to-b"
+    ),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Translate pictures into the other domain. The sheet shows each beside its translation."""
+    import torch
+
+    from trilemma import edit, sampling, translation
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    made = translation.translate(trained, images, direction)
+    facts = {"translate": direction, "pictures": names}
+    paths = edit.save(trained, made, out, facts, columns=8)
+    pairs = torch.stack([images, made], 1).flatten(0, 1)
+    sampling.grid(pairs[:128], 8).save(paths[-1])
+    _wrote(paths, as_json)
+
+
+@app.command()
 def score(
     run: Run, pictures: Pictures, device: Device = None, as_json: Json = False
 ) -> None:

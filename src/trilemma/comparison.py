@@ -199,6 +199,11 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
         if name in specs:
             raise UserError(f"two recipes are called '{name}'; give each once, under its own name")
         specs[name] = recipe.override(recipe.load(given), overrides)
+        if specs[name].get("data", {}).get("pair") == "unpaired":
+            raise UserError(
+                f"{name} translates pictures and draws none of its own, so it cannot be compared "
+                "with models that do; train it by itself, and use trilemma translate"
+            )
     return specs
 
 

@@ -52,7 +52,14 @@ class Trained:
         """Whether the model was trained with class labels."""
         return bool(recipe.find(self.recipe["model"], "classes"))
 
-    def _generator(self) -> Generator:
+    @property
+    def translates(self) -> bool:
+        """Whether the model draws from given pictures (`translate`), and nothing without them."""
+        return self.recipe.get("data", {}).get("pair") == "unpaired"
+
+    @property
+    def generator(self) -> Generator:
+        """The model as what draws; raises UserError when it draws nothing."""
         if not isinstance(self.model, Generator):
             raise UserError(f"{self.name} draws no pictures: it is a {type(self.model).__name__}")
         return self.model
@@ -63,7 +70,7 @@ class Trained:
         Raises:
             UserError: an option that this family's `sample` does not have.
         """
-        parameters = inspect.signature(self._generator().sample).parameters
+        parameters = inspect.signature(self.generator.sample).parameters
         accepted = [name for name in parameters if name not in ("condition", "rng")]
         chosen = {**self.sample_defaults, **{k: v for k, v in given.items() if v is not None}}
         for name in chosen:
@@ -110,8 +117,13 @@ class Trained:
         Image i draws from the stream of seed + i: it does not depend on `n` or `batch`.
 
         Raises:
-            UserError: an unknown option or class; `n` or `batch` below 1.
+            UserError: an unknown option or class; `n` or `batch` below 1; a model that translates.
         """
+        if self.translates:
+            raise UserError(
+                f"{self.name} translates pictures and draws none of its own; "
+                f"use trilemma translate {self.path} PICTURES --out DIR"
+            )
         if n < 1 or batch < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
         labels, chosen = self.labels(n, label), self.options(options)
@@ -122,7 +134,7 @@ class Trained:
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
             with torch.inference_mode(), device.autocast(dtype, where):
-                images = self._generator().sample(Condition(count, label=part), rng, **chosen)
+                images = self.generator.sample(Condition(count, label=part), rng, **chosen)
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
             yield to_uint8(images).cpu()

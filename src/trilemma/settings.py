@@ -18,7 +18,8 @@ class Settings:
         accumulate: parts a process cuts its batch into, to save memory.
         clip: largest norm of a phase's gradient; 0 does not clip.
         warmup: images over which the learning rate rises from 0.
-        schedule: `constant`, or `linear` or `cosine` to 0 at the end of training.
+        schedule: `constant`, or `linear` or `cosine` to 0 at the end of training, or `linear-half`:
+            constant for the first half, then linear to 0.
         ema_halflife: images after which an old weight counts half in the average; 0 for none.
         ema_rampup: the half-life is at most this share of the images seen so far.
         precision: `auto`, `bf16` or `fp32`.
@@ -57,6 +58,7 @@ class Settings:
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
+    "linear-half": lambda done: min(1.0, 2.0 * (1.0 - done)),
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 

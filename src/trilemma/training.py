@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilemma import checkpoint, device, distributed, recipe, sampling
+from trilemma import checkpoint, device, distributed, recipe, sampling, translation
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
@@ -84,6 +84,11 @@ def train(
     asks = spec.get("data", {})
     if not isinstance(data, Dataset):
         data = load_data(data, split="train", size=size, multiple=asks.get("multiple", 1))
+    if asks.get("pair") == "unpaired" and (data.source is None or not len(data.source)):
+        raise UserError(
+            f"{name} translates between two domains and {data.name} has pictures of one to train "
+            "on; expected a folder with the folders trainA and trainB, pictures in both"
+        )
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
     spec = recipe.resolve(spec, facts(data))
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
@@ -301,12 +306,15 @@ def _give_up(run: Run, trouble: str) -> None:
 
 
 def _draw_grid(run: Run) -> None:
-    """Draw a sample grid at fixed seeds into `samples/`."""
+    """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
     trained = run.trained()
-    n = 100 if trained.conditional else 64
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
-    sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)
+    if trained.translates:
+        sheet = translation.sheet(trained, run.data)
+    else:
+        n = 100 if trained.conditional else 64
+        sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)
     sheet.save(folder / f"{run.progress.seen:09d}.png")
 
 

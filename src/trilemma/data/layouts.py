@@ -54,8 +54,15 @@ def recognise(files: Files) -> Listing:
     if not pictures:
         raise UserError(_nothing(files, paths))
     root = _common_folder(paths)
-    if {"trainA", "trainB"} <= {_first(p, root) for p in pictures}:
+    domains = {"trainA", "trainB"} & {_first(p, root) for p in pictures}
+    if len(domains) == 2:
         return _translation(pictures, root)
+    if domains:
+        (other,) = {"trainA", "trainB"} - domains
+        raise UserError(
+            f"{files.place} holds pictures in {root}{domains.pop()} and none in {root}{other}; "
+            "translation needs pictures of both domains"
+        )
     tables = [p for p in paths if suffix(p) in METADATA_SUFFIXES]
     facts = read_facts(tables, pictures, files.read)
     places = _by_folder(pictures, root, facts.folders_are_classes)
