@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from trilemma.evaluation import evaluate
     from trilemma.sampling import Trained, load
     from trilemma.training import train
+    from trilemma.translation import translate
 
 __version__ = "0.1.0"
-__all__ = ["Trained", "compare", "evaluate", "load", "train"]
+__all__ = ["Trained", "compare", "evaluate", "load", "train", "translate"]
 
 _HOMES = {
     "Trained": "sampling",
@@ -29,6 +30,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "load": "sampling",
     "train": "training",
+    "translate": "translation",
 }
 
 
