@@ -58,7 +58,7 @@ def write_domains(folder: Path) -> None:
 
 
 def tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images))
+    return torch.from_numpy(np.array(images))
 
 
 def measure(trained: trilemma.Trained, folder: Path, size: int) -> tuple[list[dict], Image.Image]:

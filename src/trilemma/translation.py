@@ -63,7 +63,7 @@ def sheet(trained: Trained, data: Dataset) -> Image.Image:
     Above A to B, below B to A; `data` has both domains.
     """
     assert data.source is not None
-    first = torch.from_numpy(np.ascontiguousarray(data.source[:SHOWN]))
+    first = torch.from_numpy(np.array(data.source[:SHOWN]))
     rows = []
     for images, direction in ((first, "a-to-b"), (data.tensor(slice(SHOWN)), "b-to-a")):
         pairs = torch.stack([images, translate(trained, images, direction)], 1).flatten(0, 1)
