@@ -21,6 +21,8 @@ SMALL: dict[str, dict] = {
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
+    "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
+    "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],

@@ -66,6 +66,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the trained model of a run folder, or of a file; returns and errors as `read`."""
+    path = Path(run)
+    return read(path / "model.safetensors" if path.is_dir() else path)
+
+
 def flatten(prefix: str, tree: Any, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of a nested state into `tensors`; return its JSON-serialisable rest.
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from trilemma.batch import to_uint8
+from trilemma.model import Frozen
 
 
 class Pixels(nn.Module):
@@ -28,3 +35,113 @@ class Pixels(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """Return x (B, C, H, W) as an image in [-1, 1]."""
         return x.clamp(-1, 1)
+
+
+class Tokens(nn.Module, ABC):
+    """Pictures as sequences of tokens: numbers from 0 up to a vocabulary's size.
+
+    Args:
+        shape: (C, H, W) of the pictures.
+        vocabulary: how many different tokens there are.
+        grid: rows, columns and tokens at each place, which is the order of the sequence too.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], vocabulary: int, grid: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.shape, self.vocabulary, self.grid = tuple(shape), vocabulary, grid
+        self.length = math.prod(grid)
+
+    def check(self, image: Tensor) -> None:
+        """Raise ValueError when pictures are not of this codec's shape."""
+        if tuple(image.shape[1:]) != self.shape:
+            raise ValueError(
+                f"pictures of shape {tuple(image.shape[1:])} were given; "
+                f"the model was trained on {self.shape}"
+            )
+
+    @abstractmethod
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to tokens (B, length), int64."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, length) to images (B, C, H, W) in [-1, 1]."""
+
+
+class PixelTokens(Tokens):
+    """A token is the level of one channel of one pixel, channels innermost.
+
+    Args:
+        shape: (C, H, W) of the pictures.
+        levels: how finely the 256 levels of 8 bits are told apart: a divisor of 256.
+    """
+
+    def __init__(self, shape: Sequence[int], levels: int = 256) -> None:
+        if not 2 <= levels <= 256 or 256 % levels:
+            raise ValueError(f"levels is {levels}; expected 2, 4, 8, ... or 256")
+        channels, height, width = shape
+        super().__init__(shape, levels, (height, width, channels))
+        self.hidden = self.length * math.log(256 / levels)
+        """Log of the number of 8-bit pictures behind the same tokens, in nats."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to tokens (B, H W C), int64."""
+        self.check(image)
+        level = to_uint8(image).permute(0, 2, 3, 1).flatten(1).long()
+        return level // (256 // self.vocabulary)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, H W C) to images (B, C, H, W): black is 0, white the last."""
+        image = tokens / ((self.vocabulary - 1) / 2) - 1
+        return image.view(len(tokens), *self.grid).permute(0, 3, 1, 2)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A model that maps pictures to codes of a codebook and back: a VQ-VAE."""
+
+    codebook_size: int
+    code_shape: tuple[int, int]
+
+    def codes(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
+        ...
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Map codes (B, h, w) to images (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+class CodeTokens(Tokens):
+    """A token is a code of a trained VQ-VAE.
+
+    Args:
+        tokenizer: the VQ-VAE; in a recipe `{ type = "trained", path = "runs/vqvae" }`.
+        shape: (C, H, W) of the pictures.
+    """
+
+    def __init__(self, tokenizer: Frozen, shape: Sequence[int]) -> None:
+        model = tokenizer.module
+        if not isinstance(model, Tokenizer):
+            raise ValueError(
+                f"the tokenizer is a trained {type(model).__name__}, which has no codes; "
+                "give the run of a VQ-VAE"
+            )
+        super().__init__(shape, model.codebook_size, (*model.code_shape, 1))
+        self.tokenizer = tokenizer
+
+    @property
+    def _vqvae(self) -> Tokenizer:
+        return cast(Tokenizer, self.tokenizer.module)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to codes (B, h w), int64."""
+        self.check(image)
+        return self._vqvae.codes(image).flatten(1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Map codes (B, h w) to images (B, C, H, W) in [-1, 1]."""
+        return self._vqvae.from_codes(tokens.view(len(tokens), *self.grid[:2])).clamp(-1, 1)

@@ -82,11 +82,15 @@ class Frozen(nn.Module):
     """Holds a trained module that another model uses but never trains.
 
     Its parameters take no gradient and it stays in evaluation mode.
+
+    Args:
+        module: to hold.
+        path: the run that trained it, whose weights it begins with: `training.load_frozen`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, path: str | None = None) -> None:
         super().__init__()
-        self.module = module.requires_grad_(False).eval()
+        self.module, self.path = module.requires_grad_(False).eval(), path
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode whatever `mode` says."""

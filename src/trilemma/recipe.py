@@ -8,6 +8,10 @@ recipe, and a checkpoint that carries one, holds data and never code.
 Strings that begin with `@` are facts of the data, filled in by `resolve`: `@shape` (C, H, W),
 `@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`.
 
+`{ type = "trained", path = "runs/vqvae" }` is the model of that run, held still while another
+learns to use it. `resolve` puts the run's own model spec in its place, inside a `model.Frozen`, so
+that the checkpoint needs the run no more; its weights are read when training begins.
+
 Sections: `[about]` what the recipe is; `[data]` what it asks of the data; `[model]` the family and
 its networks; `[train]` the loop's settings; `[sample]` the defaults of sampling. A run adds
 `[run]`.
@@ -28,7 +32,7 @@ from typing import Any
 
 from trilemma.errors import UserError
 
-BUILDABLE = ("models", "networks", "diffusion", "codecs", "conditioning")
+BUILDABLE = ("models", "networks", "diffusion", "codecs", "conditioning", "model")
 SECTIONS = ("about", "data", "model", "train", "sample")
 
 Recipe = dict[str, Any]
@@ -108,13 +112,15 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
 
 
 def resolve(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with every `@name` replaced by `facts[name]`.
+    """Return the recipe with every `@name` replaced by `facts[name]`, and trained runs by specs.
 
     Raises:
-        UserError: a recipe asks for a fact that there is not.
+        UserError: a recipe asks for a fact that there is not, or for a run that cannot be used.
     """
 
     def fill(value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") == "trained":
+            return _frozen(value, facts)
         if isinstance(value, dict):
             return {key: fill(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -126,6 +132,23 @@ def resolve(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
         return value
 
     return fill(copy.deepcopy(recipe))
+
+
+def _frozen(asked: Recipe, facts: Mapping[str, Any]) -> Recipe:
+    """Return the spec of a trained run's model, held still."""
+    from trilemma import checkpoint  # brings torch with it, which listing recipes does not need
+
+    run = asked.get("path")
+    if not isinstance(run, str) or asked.keys() != {"type", "path"}:
+        raise UserError(f'type "trained" needs the path of a run and nothing else; got {asked}')
+    _, about = checkpoint.read_model(run)
+    theirs, ours = about["data"]["shape"], facts["shape"]
+    if theirs != ours:
+        raise UserError(
+            f"{run} was trained on pictures of shape {theirs} and these are {ours}; "
+            f"train at --size {theirs[1]}, or give a run at this size"
+        )
+    return {"type": "model.Frozen", "path": run, "module": about["recipe"]["model"]}
 
 
 def build(spec: Any) -> Any:

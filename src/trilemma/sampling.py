@@ -162,15 +162,14 @@ def load(run: str | Path, device_name: str | None = None) -> Trained:
     Raises:
         UserError: there is no such run, or the file is damaged.
     """
-    path = Path(run)
-    tensors, facts = checkpoint.read(path / "model.safetensors" if path.is_dir() else path)
+    tensors, facts = checkpoint.read_model(run)
     model = recipe.build(facts["recipe"]["model"])
-    checkpoint.load_weights(model, tensors, str(path))
+    checkpoint.load_weights(model, tensors, str(run))
     model.requires_grad_(False).eval()
     where = device.pick(device_name)
     precision = facts["recipe"]["train"].get("precision", "auto")
     device.prepare(model, where, device.dtype(precision, where))
-    return Trained(model, facts["recipe"], facts["data"], facts["progress"], path)
+    return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run))
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -26,7 +26,7 @@ from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Losses, Model, Phase
+from trilemma.model import Frozen, Losses, Model, Phase
 from trilemma.run import Run, start_from
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -112,6 +112,7 @@ def train(
     model: Model = recipe.build(spec["model"])
     if init is not None:
         start_from(model, sampling.load(init, "cpu").model, str(init))
+    load_frozen(model)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -127,6 +128,21 @@ def train(
     with _signals() as asked:
         loop(run, stream, asked, probe, probes, quiet)
     return run.trained()
+
+
+def load_frozen(module: nn.Module) -> None:
+    """Give every frozen part the weights of the run that trained it.
+
+    A frozen part of a frozen part needs nothing: it is in the outer one's file.
+
+    Raises:
+        UserError: the run's weights do not fit its recipe.
+    """
+    for part in module.children():
+        if not isinstance(part, Frozen):
+            load_frozen(part)
+        elif part.path is not None:
+            checkpoint.load_weights(part.module, checkpoint.read_model(part.path)[0], part.path)
 
 
 def facts(data: Dataset) -> dict[str, Any]:

@@ -1,0 +1,403 @@
+"""Autoregressive models: a picture's probability as a product, one value given those before it.
+
+    log p(x | y) = sum_i log p(x_i | x_1, ..., x_{i-1}, y),      i in raster order, y the class,
+
+is exact, and sampling draws one value after the other.
+
+PixelCNN: van den Oord et al. (2016), "Conditional Image Generation with PixelCNN Decoders", with
+the likelihood of Salimans et al. (2017), "PixelCNN++: Improving the PixelCNN with Discretized
+Logistic Mixture Likelihood and Other Modifications". A pixel is a mixture of K logistic
+distributions, each integrated over the width of an 8-bit level, the outermost to infinity
+(equations 1 and 2): with s the logistic function, level v in [-1, 1] and half a width d = 1/255,
+
+    P(v) = sum_k pi_k [s((v + d - mu_k) / sigma_k) - s((v - d - mu_k) / sigma_k)].
+
+The channels of a pixel share the component, and a channel's mean is linear in the channels before
+it (equation 3). The logarithm of a difference is taken without loss by
+
+    s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)).
+
+Transformer: logits for every token, as Chen et al. (2020), "Generative Pretraining from Pixels", do
+with pixels, and Esser, Rombach, Ommer (2021), "Taming Transformers for High-Resolution Image
+Synthesis", with the codes of a VQ-VAE. The class stands in front of the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
+from trilemma.codecs import PixelTokens, Tokens
+from trilemma.model import Losses, Model, Phase
+from trilemma.networks.layers import one_hot
+from trilemma.networks.pixelcnn import Memory
+from trilemma.networks.pixelcnn import PixelCNN as PixelNetwork
+from trilemma.networks.transformer import Cache, CausalTransformer
+
+HALF = 1 / 255  # of a level's width, in [-1, 1]
+SHARPEST = -7.0  # least logarithm of a logistic's scale
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
+    """Draw indices (...) from logits (..., V) by uniform numbers (...) in (0, 1).
+
+    The index is where the cumulated probability passes the number: one number is enough for each
+    draw. Temperature 0 takes the likeliest; `top_k` leaves only so many likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    return (cumulated < uniform[..., None] * cumulated[..., -1:]).sum(-1)
+
+
+@dataclass(frozen=True)
+class LogisticMixture:
+    """A distribution over the 8-bit levels of the C channels of pixels, in [-1, 1].
+
+    Attributes:
+        logits: (B, H, W, K) of the components.
+        mean: (B, H, W, K, C), before the channels before have their say.
+        log_scale: (B, H, W, K, C).
+        slope: (B, H, W, K, C (C - 1) / 2), in -1 to 1: of channel 0 on 1; of 0, 1 on 2; ...
+    """
+
+    logits: Tensor
+    mean: Tensor
+    log_scale: Tensor
+    slope: Tensor
+
+    @staticmethod
+    def parameters(channels: int) -> list[int]:
+        """Return how many numbers of each kind a component has."""
+        return [1, channels, channels, channels * (channels - 1) // 2]
+
+    @classmethod
+    def of(cls, output: Tensor, channels: int) -> LogisticMixture:
+        """Read a network's output (B, K sum(parameters), H, W)."""
+        kinds = cls.parameters(channels)
+        values = output.float().movedim(1, -1).unflatten(-1, (-1, sum(kinds)))  # (B, H, W, K, .)
+        logits, mean, log_scale, slope = values.split(kinds, dim=-1)
+        return cls(logits[..., 0], mean, (log_scale - 2).clamp(min=SHARPEST), slope.tanh())
+
+    def _mean(self, channel: int, before: Tensor) -> Tensor:
+        """Return a channel's mean (..., K) given the channels before it (..., 1 or K, channel)."""
+        first = channel * (channel - 1) // 2
+        slope = self.slope[..., first : first + channel]
+        return self.mean[..., channel] + (slope * before).sum(-1)
+
+    def log_prob(self, image: Tensor) -> Tensor:
+        """Return the log probability (B, H, W) of pixels (B, C, H, W) on their levels, in nats."""
+        x = image.movedim(1, -1)[..., None, :]  # (B, H, W, 1, C)
+        mean = torch.stack([self._mean(c, x[..., :c]) for c in range(x.shape[-1])], dim=-1)
+        precision = (-self.log_scale).exp()
+        up, low = (x + HALF - mean) * precision, (x - HALF - mean) * precision
+        first, last = x < HALF - 1, x > 1 - HALF
+        below = F.logsigmoid(up).masked_fill(last, 0)
+        above = F.logsigmoid(-low).masked_fill(first, 0)
+        within = torch.log(-torch.expm1(-2 * HALF * precision)).masked_fill(first | last, 0)
+        joint = (below + above + within).sum(-1)  # (B, H, W, K)
+        return (self.logits.log_softmax(-1) + joint).logsumexp(-1)
+
+    def sample(self, uniform: Tensor, temperature: float) -> Tensor:
+        """Draw pixels (B, C, H, W) on their levels by uniform numbers (B, H, W, 1 + C).
+
+        A logistic value, rounded to the nearest level, is the discretized distribution exactly.
+        Temperature scales logits and logistics; at 0 it is the likeliest component's mean.
+        """
+        chosen = draw(self.logits, uniform[..., 0], temperature)[..., None, None]
+        noise = temperature * torch.logit(uniform[..., 1:])
+        x = uniform[..., :0]
+        for c in range(self.mean.shape[-1]):
+            mean = self._mean(c, x[..., None, :])[..., None].gather(-2, chosen)[..., 0]
+            scale = self.log_scale[..., c : c + 1].gather(-2, chosen)[..., 0].exp()
+            level = to_float(to_uint8(mean + scale * noise[..., c : c + 1]))
+            x = torch.cat([x, level], dim=-1)
+        return x.movedim(-1, 1)
+
+
+class PixelCNN(Model):
+    """A PixelCNN with a discretized logistic mixture, by class where there are any.
+
+    Args:
+        shape: (C, H, W) of the pictures.
+        network: features of each pixel from those before it.
+        classes: K, 0 for none.
+        mixtures: components of each pixel's distribution.
+    """
+
+    discrete, bound = True, False
+
+    def __init__(
+        self, shape: list[int], network: PixelNetwork, classes: int = 0, mixtures: int = 10
+    ) -> None:
+        super().__init__()
+        self.shape, self.network, self.classes = tuple(shape), network, classes
+        outputs = mixtures * sum(LogisticMixture.parameters(shape[0]))
+        self.head = nn.Conv2d(network.width, outputs, 1)
+
+    def phases(self) -> list[Phase]:
+        """Everything learns together."""
+        return [Phase("likelihood", self.loss, [self.network, self.head])]
+
+    def loss(self, batch: Batch) -> Losses:
+        """The negative log likelihood in nats per pixel and channel."""
+        label = one_hot(batch.condition.label, self.classes, len(batch), batch.image.device)
+        nats = -self._log_prob(batch.image, label).mean() / math.prod(self.shape)
+        return {"loss": nats, "bits_per_dim": nats.detach() / math.log(2)}
+
+    def mixture(
+        self, image: Tensor, label: Tensor, memory: Memory | None = None
+    ) -> LogisticMixture:
+        """Return the distribution of each pixel, or with `memory` of the next one."""
+        features = F.silu(self.network(image, label, memory))
+        with _float32(image.device):  # a level of 256 is finer than bfloat16
+            return LogisticMixture.of(self.head(features.float()), self.shape[0])
+
+    def _log_prob(self, image: Tensor, label: Tensor) -> Tensor:
+        _check_shape(image, self.shape)
+        image = to_float(to_uint8(image))
+        return self.mixture(image, label).log_prob(image).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Log p(image) of the 8-bit picture, or log p(image | label), exact, in nats (B,).
+
+        Without a label, over equally frequent classes.
+        """
+        with _float32(image.device):
+            return _over_classes(self._log_prob, image, label, self.classes)
+
+    def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
+        """Draw images (B, C, H, W), pixel by pixel.
+
+        Args:
+            condition: its label, where the model knows classes.
+            rng: one stream per image.
+            temperature: below 1, likelier pixels; at 0 the middle of the likeliest component.
+        """
+        blank = torch.zeros(condition.count, *self.shape, device=rng.device)
+        return self.complete(blank, 0, condition, rng, temperature=temperature)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        image: Tensor,
+        known_rows: int,
+        condition: Condition,
+        rng: Rng,
+        *,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Keep the first rows of images (B, C, H, W) as they are and draw the rest.
+
+        Raises:
+            ValueError: the images' shape, the rows or the temperature cannot be.
+        """
+        _check_shape(image, self.shape)
+        _check_options(known_rows, self.shape, temperature)
+        channels, height, width = self.shape
+        label = one_hot(condition.label, self.classes, len(image), image.device)
+        uniform = rng.uniform(height, width, 1 + channels)
+        image, memory = image.clone(), Memory(row=known_rows)
+        with _float32(image.device):
+            for row in range(known_rows, height):
+                for column in range(width):
+                    at = slice(row, row + 1), slice(column, column + 1)
+                    mixture = self.mixture(image, label, memory)
+                    image[:, :, *at] = mixture.sample(uniform[:, *at], temperature)
+        return image
+
+
+class Autoregressive(Model):
+    """A causal transformer over the tokens of a codec, by class where there are any.
+
+    Args:
+        codec: between pictures and tokens.
+        network: from embedded tokens to features, each of the positions up to its own.
+        classes: K, 0 for none.
+    """
+
+    def __init__(self, codec: Tokens, network: CausalTransformer, classes: int = 0) -> None:
+        super().__init__()
+        self.codec, self.network, self.classes = codec, network, classes
+        self.token = nn.Embedding(codec.vocabulary, network.width)
+        self.start = nn.Linear(max(classes, 1), network.width, bias=False)
+        self.position = nn.Embedding(codec.length, network.width)
+        self.head = nn.Linear(network.width, codec.vocabulary)
+        for table in (self.token, self.start, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+        rows, columns, depth = codec.grid
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        place = torch.stack([row, column], dim=-1).flatten(0, 1).repeat_interleave(depth, dim=0)
+        self.place: Tensor
+        self.register_buffer("place", place, persistent=False)  # (length, 2)
+
+    def phases(self) -> list[Phase]:
+        """All but the codec learns."""
+        learn = [self.network, self.token, self.start, self.position, self.head]
+        return [Phase("likelihood", self.loss, learn)]
+
+    def loss(self, batch: Batch) -> Losses:
+        """The negative log likelihood in nats per token."""
+        label = one_hot(batch.condition.label, self.classes, len(batch), batch.image.device)
+        return {"loss": self.surprise(self.codec.encode(batch.image), label).mean()}
+
+    def logits(self, tokens: Tensor, label: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return logits (B, t + 1, V) of the tokens (B, t) and of the next.
+
+        With a `cache` of t > 0 positions, only those of the next: (B, 1, V).
+        """
+        first = cache.length if cache is not None else 0
+        if first:
+            x = self.token(tokens[:, first - 1 :])
+        else:
+            start = self.start(label if self.classes else label.new_ones(len(label), 1))
+            x = torch.cat([start[:, None], self.token(tokens)], dim=1)
+        here = slice(first, tokens.shape[1] + 1)
+        return self.head(self.network(x + self.position.weight[here], self.place[here], cache))
+
+    def surprise(self, tokens: Tensor, label: Tensor) -> Tensor:
+        """Return -log p(token | tokens before it, label) of tokens (B, T), in nats (B, T)."""
+        logits = self.logits(tokens[:, :-1], label).float()
+        return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+
+    def sample(
+        self,
+        condition: Condition,
+        rng: Rng,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """Draw images (B, C, H, W), token by token.
+
+        Args:
+            condition: its label, where the model knows classes.
+            rng: one stream per image.
+            temperature: below 1, likelier tokens; at 0 the likeliest.
+            top_k: draw among so many likeliest tokens; None for all.
+        """
+        blank = torch.zeros(condition.count, *self.codec.shape, device=rng.device)
+        return self.complete(blank, 0, condition, rng, temperature=temperature, top_k=top_k)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        image: Tensor,
+        known_rows: int,
+        condition: Condition,
+        rng: Rng,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """Keep the first rows of images (B, C, H, W) as they are and draw the rest.
+
+        Rows of tokens that lie wholly within the known rows are kept too; what is below them in
+        `image` is not read.
+
+        Raises:
+            ValueError: the images' shape, the rows, temperature or top_k cannot be.
+        """
+        codec, length = self.codec, self.codec.length
+        codec.check(image)
+        _check_options(known_rows, codec.shape, temperature, top_k)
+        label = one_hot(condition.label, self.classes, len(image), image.device)
+        uniform = rng.uniform(length)
+        cache = Cache(length)
+        with _float32(image.device):
+            tokens = torch.zeros(len(image), length, dtype=torch.int64, device=image.device)
+            known = 0
+            if known_rows:
+                last = image[:, :, known_rows - 1 : known_rows]
+                below = last.expand(-1, -1, codec.shape[1] - known_rows, -1)
+                given = codec.encode(torch.cat([image[:, :, :known_rows], below], dim=2))
+                known = known_rows * codec.grid[0] // codec.shape[1] * (length // codec.grid[0])
+                tokens[:, :known] = given[:, :known]
+            for i in range(known, length):
+                logits = self.logits(tokens[:, :i], label, cache)[:, -1]
+                tokens[:, i] = draw(logits, uniform[:, i], temperature, top_k)
+            drawn = codec.decode(tokens)
+        drawn[:, :, :known_rows] = image[:, :, :known_rows]
+        return drawn
+
+
+class PixelAutoregressive(Autoregressive):
+    """The same over pixels, where the probability of tokens is that of the picture.
+
+    Args:
+        codec: pixels, of 256 levels or fewer. Of fewer, the likelihood is that of a model which
+            draws a level and then evenly one of the 8-bit levels behind it.
+        network: from embedded tokens to features, each of the positions up to its own.
+        classes: K, 0 for none.
+    """
+
+    discrete, bound = True, False
+
+    def __init__(self, codec: PixelTokens, network: CausalTransformer, classes: int = 0) -> None:
+        super().__init__(codec, network, classes)
+        self.hidden = codec.hidden
+
+    @torch.no_grad()
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Log p(image) of the 8-bit picture, or log p(image | label), exact, in nats (B,).
+
+        Without a label, over equally frequent classes.
+        """
+
+        def conditional(image: Tensor, label: Tensor) -> Tensor:
+            return -self.surprise(self.codec.encode(image), label).sum(1) - self.hidden
+
+        with _float32(image.device):
+            return _over_classes(conditional, image, label, self.classes)
+
+
+def _over_classes(
+    conditional: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    label: Tensor | None,
+    classes: int,
+) -> Tensor:
+    """Return log p(image | label), or without a label log of its mean over all classes."""
+    if label is not None or not classes:
+        return conditional(image, one_hot(label, classes, len(image), image.device))
+    rows = torch.eye(classes, device=image.device)
+    each = [conditional(image, row.expand(len(image), -1)) for row in rows]
+    return torch.stack(each).logsumexp(0) - math.log(classes)
+
+
+def _float32(where: torch.device) -> torch.autocast:
+    """Return a context without autocast.
+
+    A draw near the border of two values falls to either side by rounding, and all that follows
+    with it: in bfloat16, rounded otherwise in other batches, a picture would depend on its batch.
+    """
+    return torch.autocast(where.type, enabled=False)
+
+
+def _check_shape(image: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(image.shape[1:]) != shape:
+        raise ValueError(
+            f"pictures of shape {tuple(image.shape[1:])} were given; "
+            f"the model was trained on {shape}"
+        )
+
+
+def _check_options(
+    known_rows: int, shape: tuple[int, ...], temperature: float, top_k: int | None = None
+) -> None:
+    if not 0 <= known_rows <= shape[1]:
+        raise ValueError(f"known_rows is {known_rows}; pictures have 0 to {shape[1]} rows")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; expected 0 or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected at least 1")
