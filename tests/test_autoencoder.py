@@ -1,20 +1,15 @@
-"""AE and VAE: the KL and likelihoods against references, the bound's law, latents, sampling."""
+"""AE and VAE: the KL against references, the bound's law, free bits, latents, sampling."""
 
 import math
 
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from trilemma.batch import Batch, Condition, Rng
-from trilemma.models.autoencoder import (
-    AE,
-    VAE,
-    bernoulli_log_prob,
-    gaussian_kl,
-    gaussian_log_prob,
-)
+from trilemma.batch import Batch, Condition, Rng, to_float
+from trilemma.models.autoencoder import AE, VAE, gaussian_kl
+from trilemma.models.likelihoods import LIKELIHOODS
 from trilemma.networks.convnet import Decoder, Encoder
 
 SHAPE = (1, 8, 8)
@@ -39,13 +34,13 @@ def test_kl_is_the_closed_form_and_the_monte_carlo_mean():
     posterior = Normal(mean, (0.5 * log_variance).exp())
     prior = Normal(prior_mean, (0.5 * prior_log_variance).exp())
     kl = gaussian_kl(mean, log_variance, prior_mean, prior_log_variance)
-    assert torch.allclose(kl, kl_divergence(posterior, prior).sum(1), rtol=1e-4)
+    assert torch.allclose(kl, kl_divergence(posterior, prior), rtol=1e-4, atol=1e-6)
     z = posterior.sample((40_000,))
-    ratio = (posterior.log_prob(z) - prior.log_prob(z)).sum(2)  # (S, 3)
+    ratio = posterior.log_prob(z) - prior.log_prob(z)  # (S, 3, 5)
     error = ratio.std(0) / math.sqrt(len(z))
     assert ((ratio.mean(0) - kl).abs() < 5 * error).all()
     zero = torch.zeros(1, 5)
-    assert gaussian_kl(zero, zero, zero, zero) == 0
+    assert (gaussian_kl(zero, zero, zero, zero) == 0).all()
 
 
 def test_the_bound_of_a_class_counts_its_own_prior():
@@ -59,20 +54,11 @@ def test_the_bound_of_a_class_counts_its_own_prior():
     with torch.no_grad():
         mean, log_variance = model._posterior(image, label)
         latent = mean + (0.5 * log_variance).exp() * noise
-        fit = model._log_likelihood(image, latent, label).mean()
-        kl = gaussian_kl(mean, log_variance, *model._prior(label)).mean()
+        output = model.decoder(latent, label)
+        fit = model.likelihood.log_prob(image, output, model.log_scale).mean()
+        kl = gaussian_kl(mean, log_variance, *model._prior(label)).sum(1).mean()
         bounds = model._bound(image, label, noise)
     assert abs(bounds.mean() - (fit - kl)) < 5 * bounds.std() / math.sqrt(count)
-
-
-def test_likelihoods_are_torchs():
-    image, output = torch.rand(3, *SHAPE) * 2 - 1, torch.randn(3, *SHAPE)
-    log_sigma = torch.tensor(-0.7)
-    expected = Normal(output, log_sigma.exp()).log_prob(image).flatten(1).sum(1)
-    assert torch.allclose(gaussian_log_prob(image, output, log_sigma), expected, rtol=1e-5)
-    binary = torch.where(image > 0, 1.0, -1.0)
-    expected = Bernoulli(logits=output).log_prob((binary + 1) / 2).flatten(1).sum(1)
-    assert torch.allclose(bernoulli_log_prob(binary, output), expected, rtol=1e-5)
 
 
 class LinearEncoder(nn.Module):
@@ -105,7 +91,7 @@ def linear():
     variance = sigma**2 / (sigma**2 + scale**2)
     encoder = LinearEncoder((variance / sigma**2)[:, None] * weight.T, variance.log())
     model = VAE(encoder, LinearDecoder(weight), latent=2)
-    model.log_sigma.data.fill_(math.log(sigma))
+    model.log_scale.data.fill_(math.log(sigma))
     truth = MultivariateNormal(torch.zeros(6), weight @ weight.T + sigma**2 * torch.eye(6))
     return model, truth
 
@@ -148,9 +134,9 @@ def test_log_prob_does_not_depend_on_the_batch():
     assert torch.allclose(model.log_prob(image)[2:3], model.log_prob(image[2:3]), atol=1e-3)
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_loss_does_not_depend_on_the_split(likelihood):
-    model = make(classes=3, likelihood=likelihood)
+    model = make(classes=3, likelihood=likelihood, free_bits=0.1)
     whole = model.loss(batch(6, 3))["loss"]
     parts = [model.loss(part)["loss"] for part in batch(6, 3).split(3)]
     assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
@@ -174,9 +160,30 @@ def test_beta_and_its_warmup():
     assert weight(5000, beta=4.0, warmup=1000) == pytest.approx(4.0, rel=1e-3)
 
 
+def test_free_bits_do_not_press_what_lies_below_them():
+    """Each latent of each image counts max(free_bits, KL_j), and below it has no gradient."""
+    data, free = batch(), 0.02
+    model = make(free_bits=free, beta=2.0)
+    losses = model.loss(data)
+    posterior = model._posterior(data.image, torch.zeros(6, 0))
+    zero = torch.zeros(6, 4)
+    kl = gaussian_kl(*posterior, zero, zero)
+    assert 0 < (kl < free).float().mean() < 1  # the test has both sides
+    expected = torch.where(kl < free, free, kl).sum(1).mean()
+    counted = (64 * losses["loss"] + losses["fit"]) / 2
+    assert counted.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert losses["kl"].item() == pytest.approx(kl.sum(1).mean().item(), rel=1e-5)
+
+    free_of_kl, without_kl = make(free_bits=100.0), make(beta=0.0)
+    for each in (free_of_kl, without_kl):
+        each.loss(batch())["loss"].backward()
+    for one, other in zip(free_of_kl.parameters(), without_kl.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-7)
+
+
 def test_sigma_learns_the_mean_squared_error():
     model = make(beta=0.0)
-    only_sigma = torch.optim.Adam([model.log_sigma], 0.1)
+    only_sigma = torch.optim.Adam([model.log_scale], 0.1)
     for _ in range(80):
         only_sigma.zero_grad()
         model.loss(batch())["loss"].backward()
@@ -184,7 +191,7 @@ def test_sigma_learns_the_mean_squared_error():
     mean, log_variance = model._posterior(batch().image, torch.zeros(6, 0))
     latent = mean + (0.5 * log_variance).exp() * batch().rng.normal(4)
     error = (model.decoder(latent, torch.zeros(6, 0)) - batch().image).square().mean()
-    assert model.log_sigma.exp().item() == pytest.approx(error.sqrt().item(), rel=1e-2)
+    assert model.log_scale.exp().item() == pytest.approx(error.sqrt().item(), rel=1e-2)
 
 
 def train(model, data, steps=200, rate=3e-3):
@@ -209,7 +216,7 @@ def two_tones(count=32):
     return Batch(image, Condition(count, label=label), 0, Rng(range(count)))
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_vae_learns_and_its_latents_say_the_class(likelihood):
     model, data = make(classes=2, likelihood=likelihood), two_tones()
     train(model, data)
@@ -268,6 +275,31 @@ def test_a_picture_depends_on_its_seed_alone():
     assert torch.allclose(together[2:3], alone, atol=1e-6)
 
 
-def test_unknown_likelihood_is_named():
-    with pytest.raises(ValueError, match="'poisson'.*'gaussian'"):
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_log_prob_is_of_what_the_model_says_it_is(likelihood):
+    """A probability of the 8-bit picture, at most 1, or a density, which may be anything."""
+    model = make(likelihood=likelihood).eval()
+    assert model.discrete == (likelihood == "discretized-logistic")
+    image = to_float((batch().image * 127.5 + 127.5).round().to(torch.uint8))
+    log_prob = model.log_prob(image)
+    assert log_prob.shape == (6,) and log_prob.isfinite().all()
+    if model.discrete:
+        assert (log_prob < 0).all()
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match="'poisson'.*gaussian"):
         make(likelihood="poisson")
+    with pytest.raises(ValueError, match="free_bits is -1"):
+        make(free_bits=-1)
+
+
+def test_a_wrong_label_or_latent_is_told():
+    model = make(classes=3).eval()
+    with pytest.raises(ValueError, match="labels from 0 to 3.*0 to 2"):
+        model.sample(Condition(2, label=torch.tensor([0, 3])), Rng(range(2)))
+    with pytest.raises(ValueError, match=r"latents of shape \(2, 4\).*expected \(B, 7\)"):
+        model.decode(torch.zeros(2, 4))
+    model = AE(Encoder(SHAPE, 3, channels=8), Decoder(SHAPE, 3, channels=8), 3)
+    with pytest.raises(ValueError, match=r"expected \(B, 3\)"):
+        model.decode(torch.zeros(2, 4))

@@ -15,15 +15,15 @@ encoder is a Gaussian q(z | x) = N(mu, diag s^2), trained to maximise the bound 
 with z = mu + s e, e ~ N(0, I). `beta` weights the KL: Higgins et al. (2017), "beta-VAE: Learning
 Basic Visual Concepts with a Constrained Variational Framework", equation 4. It may rise from 0 over
 the first `warmup` images, lest the latents be given up early: Bowman et al. (2016), "Generating
-Sentences from a Continuous Space", section 3.1; Sonderby et al. (2016).
+Sentences from a Continuous Space", section 3.1; Sonderby et al. (2016). To the same end, each
+latent may hold `free_bits` of information without being pressed: its KL_j counts as
 
-    likelihood          log p(x | z), with y = decoder(z)
-    gaussian            log N(x; y, sigma^2), one sigma for all pixels, learned with the rest: at
-                        its best sigma^2 is the mean squared error, and no weight between the two
-                        terms is left to choose (Rybkin, Daniilidis, Levine 2021, "Simple and
-                        Effective VAE Training with Calibrated Decoders", section 3)
-    bernoulli           u y - s(y), u = (x + 1) / 2 in [0, 1] and softplus s: for pictures that are
-                        nearly black and white
+    max(free_bits, KL_j),    KL_j of one latent of one image, in nats.
+
+Kingma et al. (2016), "Improved Variational Inference with Inverse Autoregressive Flow", appendix
+C.8, take the maximum after averaging KL_j over the minibatch; here it is taken image by image, so
+that the loss does not depend on how the batch is split. log p(x | z) is one of three likelihoods:
+`models.likelihoods`.
 
 With classes, both halves are told the label y, and each class has its own prior p(z | y), a
 diagonal Gaussian that learns with the rest: Sohn, Lee, Yan (2015), "Learning Structured Output
@@ -44,28 +44,26 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
+from trilemma.models.likelihoods import LIKELIHOODS
 from trilemma.networks.layers import one_hot
 
 
 def gaussian_kl(
     mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor
 ) -> Tensor:
-    """KL of one diagonal Gaussian from another, the prior, from (B, D) to (B,) nats."""
+    """KL of one diagonal Gaussian from another, the prior: (B, D) nats, one for each latent."""
     spread = (log_variance - prior_log_variance).exp()
     distance = (mean - prior_mean).square() * (-prior_log_variance).exp()
-    return 0.5 * (spread + distance - 1 + prior_log_variance - log_variance).sum(1)
+    return 0.5 * (spread + distance - 1 + prior_log_variance - log_variance)
 
 
-def gaussian_log_prob(image: Tensor, output: Tensor, log_sigma: Tensor) -> Tensor:
-    """Log N(image; output, sigma^2), from (B, C, H, W) to (B,) nats."""
-    scaled = (image - output) * (-log_sigma).exp()
-    return -(0.5 * scaled.square() + log_sigma + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
-
-
-def bernoulli_log_prob(image: Tensor, output: Tensor) -> Tensor:
-    """Log likelihood (B,) of images in [-1, 1], taken as grey levels in [0, 1], under logits."""
-    level = (image + 1) / 2
-    return (level * output - F.softplus(output)).flatten(1).sum(1)
+def check_latent(latent: Tensor, *shape: int) -> None:
+    """Raise ValueError when latents are not (B, *shape)."""
+    if latent.shape[1:] != shape:
+        raise ValueError(
+            f"latents of shape {tuple(latent.shape)} were given; expected (B, "
+            f"{', '.join(map(str, shape))}), as encode returns them"
+        )
 
 
 class AE(Model):
@@ -86,6 +84,7 @@ class AE(Model):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.halflife = encoder, decoder, halflife
+        self.latent = latent
         self.first_moment: Tensor
         self.second_moment: Tensor
         self.weight: Tensor
@@ -116,7 +115,8 @@ class AE(Model):
         return self.encoder(image, image.new_zeros(len(image), 0))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Map latents (B, D) to images (B, C, H, W)."""
+        """Map latents (B, D) to images (B, C, H, W); raises ValueError for others."""
+        check_latent(latent, self.latent)
         return self.decoder(latent, latent[:, :0]).clamp(-1, 1)
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
@@ -144,9 +144,13 @@ class VAE(Model):
         decoder: maps latents (B, D) and labels to (B, C, H, W).
         latent: D.
         classes: K, 0 for none.
-        likelihood: "gaussian" or "bernoulli".
+        likelihood: "gaussian", "bernoulli" or "discretized-logistic".
         beta: weight of the KL.
         warmup: images over which the weight rises from 0 to beta.
+        free_bits: nats of each latent that the KL does not press.
+
+    Attributes:
+        discrete: whether `log_prob` is of the 8-bit picture rather than a density on [-1, 1].
     """
 
     def __init__(
@@ -158,18 +162,22 @@ class VAE(Model):
         likelihood: str = "gaussian",
         beta: float = 1.0,
         warmup: int = 0,
+        free_bits: float = 0.0,
     ) -> None:
         super().__init__()
-        if likelihood not in ("gaussian", "bernoulli"):
-            raise ValueError(f"likelihood is {likelihood!r}: use 'gaussian' or 'bernoulli'")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {likelihood!r}: use one of {', '.join(LIKELIHOODS)}")
+        if free_bits < 0:
+            raise ValueError(f"free_bits is {free_bits}: expected nats per latent, 0 or more")
         self.encoder, self.decoder = encoder, decoder
-        self.latent, self.classes, self.likelihood = latent, classes, likelihood
-        self.beta, self.warmup = beta, warmup
+        self.latent, self.classes, self.likelihood = latent, classes, LIKELIHOODS[likelihood]
+        self.beta, self.warmup, self.free_bits = beta, warmup, free_bits
+        self.discrete = self.likelihood.discrete
         self.prior = nn.Linear(classes, 2 * latent, bias=False) if classes else None
         if self.prior is not None:
             nn.init.zeros_(self.prior.weight)
-        if likelihood == "gaussian":
-            self.log_sigma = nn.Parameter(torch.tensor(-1.0))
+        start = torch.tensor(-1.0)
+        self.log_scale: Tensor = nn.Parameter(start) if self.likelihood.scaled else start
 
     def phases(self) -> list[Phase]:
         """Everything learns together."""
@@ -180,13 +188,16 @@ class VAE(Model):
         label = one_hot(batch.condition.label, self.classes, len(batch), batch.image.device)
         mean, log_variance = self._posterior(batch.image, label)
         latent = mean + (0.5 * log_variance).exp() * batch.rng.normal(self.latent)
-        fit = self._log_likelihood(batch.image, latent, label).mean()
-        kl = gaussian_kl(mean, log_variance, *self._prior(label)).mean()
+        output = self.decoder(latent, label).float()
+        fit = self.likelihood.fit(batch.image, output, self.log_scale).mean()
+        kl = gaussian_kl(mean, log_variance, *self._prior(label))  # (B, D)
+        pressed = kl.clamp(min=self.free_bits).sum(1).mean()
         beta = self.beta * min(1.0, batch.seen / self.warmup) if self.warmup else self.beta
         dims = batch.image[0].numel()
-        losses = {"loss": (beta * kl - fit) / dims, "kl": kl.detach(), "fit": fit.detach()}
-        if self.likelihood == "gaussian":
-            losses["sigma"] = self.log_sigma.detach().exp()
+        losses = {"loss": (beta * pressed - fit) / dims, "fit": fit.detach()}
+        losses["kl"] = kl.detach().sum(1).mean()
+        if self.likelihood.scaled:
+            losses["scale"] = self.log_scale.detach().exp()
         return losses
 
     def _posterior(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,12 +211,6 @@ class VAE(Model):
         mean, log_variance = self.prior(label).float().chunk(2, dim=1)
         return mean, log_variance
 
-    def _log_likelihood(self, image: Tensor, latent: Tensor, label: Tensor) -> Tensor:
-        output = self.decoder(latent, label).float()
-        if self.likelihood == "gaussian":
-            return gaussian_log_prob(image, output, self.log_sigma)
-        return bernoulli_log_prob(image, output)
-
     def _bound(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
         """Log p(x | z) + log p(z | y) - log q(z | x) at the z that `noise` (B, D) makes."""
         prior_mean, prior_log_variance = self._prior(label)
@@ -213,7 +218,8 @@ class VAE(Model):
         latent = mean + (0.5 * log_variance).exp() * noise
         from_prior = (latent - prior_mean).square() * (-prior_log_variance).exp()
         ratio = 0.5 * (noise.square() + log_variance - from_prior - prior_log_variance).sum(1)
-        return self._log_likelihood(image, latent, label) + ratio
+        output = self.decoder(latent, label).float()
+        return self.likelihood.log_prob(image, output, self.log_scale) + ratio
 
     @torch.no_grad()
     def log_prob(self, image: Tensor, label: Tensor | None = None, draws: int = 16) -> Tensor:
@@ -221,6 +227,8 @@ class VAE(Model):
 
         The importance-weighted bound of Burda et al. (2016), "Importance Weighted Autoencoders",
         equation 8; it tightens with `draws`. The noise is fixed: the same image, the same number.
+        Bits per dimension, for C H W = D, are -log_prob / (D log 2) of 8-bit images if `discrete`,
+        else -log_prob / (D log 2) - log2(w) of dequantised ones whose levels are w wide on [-1, 1].
         """
         rng = Rng(torch.zeros(len(image), dtype=torch.int64), image.device)
         if label is not None or not self.classes:
@@ -247,9 +255,14 @@ class VAE(Model):
         return torch.cat([self._posterior(image, label)[0], label], dim=1)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Map (B, D + K), latents and class shares, to the mean images (B, C, H, W)."""
+        """Map (B, D + K), latents and class shares, to the mean images (B, C, H, W).
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        check_latent(latent, self.latent + self.classes)
         output = self.decoder(latent[:, : self.latent], latent[:, self.latent :]).float()
-        return output.clamp(-1, 1) if self.likelihood == "gaussian" else (output / 2).tanh()
+        return self.likelihood.mean(output)
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
         """Draw latents and return the mean image of each.
