@@ -52,6 +52,15 @@ def average_gradients(modules: Iterable[nn.Module]) -> None:
         average([p.grad for p in parameters if p.grad is not None])
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """Return the tensor of every process, all of one shape, as (processes, ...)."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
 def largest(*values: float) -> tuple[float, ...]:
     """Return the largest of each value over all processes: all take the same decision."""
     if not dist.is_initialized():

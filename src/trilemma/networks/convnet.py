@@ -9,6 +9,9 @@ the identity (second convolution zero; Zhang, Dauphin, Ma 2019, "Fixup Initializ
 
 Labels (B, K) are one-hot rows or any other vectors; K may be 0. The encoder adds them, projected,
 to its first feature map, the decoder has them concatenated to the latent.
+
+GridEncoder and GridDecoder are the same without the linear layers: they go no further than a grid
+of vectors `factor` times smaller than the image.
 """
 
 from __future__ import annotations
@@ -117,3 +120,85 @@ class Decoder(nn.Module):
         """Map latents (B, D) and labels (B, K) to images (B, C, H, W)."""
         image = self.layers(torch.cat([latent, label], dim=1))
         return image[:, :, : self.size[0], : self.size[1]].float()
+
+
+def _grid_widths(channels: int, factor: int) -> list[int]:
+    """Widths from half the image's size to 1 / factor of it."""
+    if factor < 2 or factor & (factor - 1):
+        raise ValueError(f"factor is {factor}; expected 2, 4, 8, ...")
+    return [channels * min(2**i, 4) for i in range(factor.bit_length() - 1)]
+
+
+class GridEncoder(nn.Module):
+    """Maps images to grids of vectors.
+
+    Args:
+        shape: (C, H, W) of the image; H and W divisible by `factor`.
+        latent: length D of the vectors.
+        channels: width at half the image's size.
+        blocks: residual blocks at each size.
+        factor: how many times smaller the grid is: a power of 2.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int,
+        channels: int = 64,
+        blocks: int = 2,
+        factor: int = 4,
+    ) -> None:
+        super().__init__()
+        image_channels, height, width = shape
+        widths = _grid_widths(channels, factor)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"images of {height} x {width} do not divide by {factor}; choose a size that does, "
+                f"or set data.multiple to {factor}"
+            )
+        self.latent, self.grid = latent, (height // factor, width // factor)
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+        layers += [nn.Conv2d(4 * image_channels, channels, 3, padding=1)]
+        layers += [Residual(channels) for _ in range(blocks)]
+        for narrow, wide in zip(widths, widths[1:], strict=False):
+            layers += [nn.SiLU(), nn.Conv2d(narrow, wide, 4, 2, 1)]
+            layers += [Residual(wide) for _ in range(blocks)]
+        self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(widths[-1], latent, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to grids (B, D, H / factor, W / factor)."""
+        return self.layers(image).float()
+
+
+class GridDecoder(nn.Module):
+    """Maps grids of vectors to images, without a bound on their values.
+
+    Args:
+        shape: (C, H, W) of the image.
+        latent: length D of the vectors.
+        channels: width at half the image's size.
+        blocks: residual blocks at each size.
+        factor: how many times smaller the grid is: a power of 2.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int,
+        channels: int = 64,
+        blocks: int = 2,
+        factor: int = 4,
+    ) -> None:
+        super().__init__()
+        widths = _grid_widths(channels, factor)[::-1]
+        layers: list[nn.Module] = [nn.Conv2d(latent, widths[0], 3, padding=1)]
+        layers += [Residual(widths[0]) for _ in range(blocks)]
+        for wide, narrow in zip(widths, widths[1:], strict=False):
+            layers += [nn.SiLU(), nn.ConvTranspose2d(wide, narrow, 4, 2, 1)]
+            layers += [Residual(narrow) for _ in range(blocks)]
+        layers += [nn.SiLU(), nn.Conv2d(channels, 4 * shape[0], 3, padding=1), nn.PixelShuffle(2)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Map grids (B, D, h, w) to images (B, C, factor h, factor w)."""
+        return self.layers(latent).float()
