@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
 from trilemma.models.likelihoods import LIKELIHOODS
-from trilemma.networks.layers import one_hot
+from trilemma.networks.layers import check_shape, one_hot
 
 
 def gaussian_kl(
@@ -55,15 +55,6 @@ def gaussian_kl(
     spread = (log_variance - prior_log_variance).exp()
     distance = (mean - prior_mean).square() * (-prior_log_variance).exp()
     return 0.5 * (spread + distance - 1 + prior_log_variance - log_variance)
-
-
-def check_latent(latent: Tensor, *shape: int) -> None:
-    """Raise ValueError when latents are not (B, *shape)."""
-    if latent.shape[1:] != shape:
-        raise ValueError(
-            f"latents of shape {tuple(latent.shape)} were given; expected (B, "
-            f"{', '.join(map(str, shape))}), as encode returns them"
-        )
 
 
 class AE(Model):
@@ -116,7 +107,7 @@ class AE(Model):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D) to images (B, C, H, W); raises ValueError for others."""
-        check_latent(latent, self.latent)
+        check_shape("latents", latent, self.latent)
         return self.decoder(latent, latent[:, :0]).clamp(-1, 1)
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
@@ -260,7 +251,7 @@ class VAE(Model):
         Raises:
             ValueError: latents of another shape.
         """
-        check_latent(latent, self.latent + self.classes)
+        check_shape("latents", latent, self.latent + self.classes)
         output = self.decoder(latent[:, : self.latent], latent[:, self.latent :]).float()
         return self.likelihood.mean(output)
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from trilemma import distributed
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
+from trilemma.networks.layers import check_shape
 
 
 @dataclass
@@ -186,11 +187,7 @@ class VQVAE(Model):
         Raises:
             ValueError: codes of another shape, or that are not in the codebook.
         """
-        if codes.shape[1:] != self.code_shape:
-            raise ValueError(
-                f"codes of shape {tuple(codes.shape)} were given; "
-                f"expected (B, {', '.join(map(str, self.code_shape))})"
-            )
+        check_shape("codes", codes, *self.code_shape)
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
             raise ValueError(
                 f"codes from {int(codes.min())} to {int(codes.max())} were given; "
@@ -208,12 +205,7 @@ class VQVAE(Model):
         Raises:
             ValueError: latents of another shape.
         """
-        expected = (self.latent, *self.code_shape)
-        if latent.shape[1:] != expected:
-            raise ValueError(
-                f"latents of shape {tuple(latent.shape)} were given; "
-                f"expected (B, {', '.join(map(str, expected))}), as encode returns them"
-            )
+        check_shape("latents", latent, self.latent, *self.code_shape)
         return self.from_codes(self._nearest(latent))
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:

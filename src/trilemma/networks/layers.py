@@ -53,6 +53,15 @@ def one_hot(label: Tensor | None, classes: int, count: int, device: torch.device
     return F.one_hot(label, classes).float()
 
 
+def check_shape(what: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError when a batch of `what` is not of shape (B, *shape)."""
+    if tensor.shape[1:] != shape:
+        raise ValueError(
+            f"{what} of shape {tuple(tensor.shape)} were given; "
+            f"expected (B, {', '.join(map(str, shape))})"
+        )
+
+
 def halvings(size: int) -> tuple[int, int]:
     """How often to halve a side of `size` pixels to come to 4 to 7: (times, what is left).
 
