@@ -167,8 +167,9 @@ class VAE(Model):
         self.prior = nn.Linear(classes, 2 * latent, bias=False) if classes else None
         if self.prior is not None:
             nn.init.zeros_(self.prior.weight)
-        start = torch.tensor(-1.0)
-        self.log_scale: Tensor = nn.Parameter(start) if self.likelihood.scaled else start
+        self.log_scale = torch.zeros(())  # read by no likelihood without a scale
+        if self.likelihood.start is not None:
+            self.log_scale = nn.Parameter(torch.tensor(self.likelihood.start))
 
     def phases(self) -> list[Phase]:
         """Everything learns together."""
@@ -187,7 +188,7 @@ class VAE(Model):
         dims = batch.image[0].numel()
         losses = {"loss": (beta * pressed - fit) / dims, "fit": fit.detach()}
         losses["kl"] = kl.detach().sum(1).mean()
-        if self.likelihood.scaled:
+        if self.likelihood.start is not None:
             losses["scale"] = self.log_scale.detach().exp()
         return losses
 

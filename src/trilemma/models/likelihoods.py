@@ -75,14 +75,14 @@ class Likelihood:
         fit: what training maximises, in nats.
         log_prob: the log density on [-1, 1], or, if `discrete`, the log probability.
         mean: the image in [-1, 1] that an output stands for.
-        scaled: it has a scale to learn.
+        start: where its log scale begins to learn; None without a scale.
         discrete: it tells the probability of the 8-bit picture.
     """
 
     fit: Callable[[Tensor, Tensor, Tensor], Tensor]
     log_prob: Callable[[Tensor, Tensor, Tensor], Tensor]
     mean: Callable[[Tensor], Tensor]
-    scaled: bool
+    start: float | None
     discrete: bool
 
 
@@ -91,21 +91,21 @@ LIKELIHOODS = {
         fit=gaussian_log_prob,
         log_prob=gaussian_log_prob,
         mean=lambda output: output.clamp(-1, 1),
-        scaled=True,
+        start=-1.0,
         discrete=False,
     ),
     "bernoulli": Likelihood(
         fit=lambda image, output, _: bernoulli_log_prob(image, output),
         log_prob=lambda image, output, _: continuous_bernoulli_log_prob(image, output),
         mean=lambda output: (output / 2).tanh(),
-        scaled=False,
+        start=None,
         discrete=False,
     ),
     "discretized-logistic": Likelihood(
         fit=discretized_logistic_log_prob,
         log_prob=discretized_logistic_log_prob,
         mean=lambda output: output.clamp(-1, 1),
-        scaled=True,
+        start=-2.0,
         discrete=True,
     ),
 }
