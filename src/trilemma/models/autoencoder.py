@@ -149,6 +149,8 @@ class VAE(Model):
         warmup: images over which the weight rises from 0 to beta.
     """
 
+    discrete, bound = False, True
+
     def __init__(
         self,
         encoder: nn.Module,
