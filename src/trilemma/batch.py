@@ -1,7 +1,7 @@
 """What flows between data, models and samplers: Batch, Condition, Rng.
 
 Images are float NCHW in [-1, 1] inside the package and uint8 NCHW in [0, 255] at its border
-(`to_float`, `to_uint8`).
+(`to_float`, `to_uint8`). Densities over images are on [-1, 1] in 256 equal cells (`dequantise`).
 
 Rng draws every image's randomness from that image's own stream, by the counter-based generator
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"):
@@ -31,6 +31,14 @@ def to_float(image: Tensor) -> Tensor:
 def to_uint8(image: Tensor) -> Tensor:
     """Map float (B, C, H, W) in [-1, 1] to uint8 in [0, 255], rounding and clipping."""
     return image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def dequantise(image: Tensor, noise: Tensor) -> Tensor:
+    """Spread the levels of float images (B, C, H, W) in [-1, 1] over their cells.
+
+    The level v of 0 to 255 becomes (v + noise) / 128 - 1, for noise (B, C, H, W) in [0, 1].
+    """
+    return (image.add(1).mul(127.5).round() + noise) / 128 - 1
 
 
 @dataclass(frozen=True)

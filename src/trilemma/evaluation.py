@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trilemma import data as pictures
-from trilemma import sampling
+from trilemma import device, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -26,17 +26,20 @@ from trilemma.metrics.features import Extractor, Features, Images, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.inception_score import inception_score
 from trilemma.metrics.kernel import kernel_distance
+from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.reading import read_images
 from trilemma.metrics.reference import Reference
 from trilemma.metrics.sliced import sliced_wasserstein
 from trilemma.metrics.speed import speed
+from trilemma.model import HasLikelihood
 from trilemma.sampling import Trained
 
 FEW = 2000  # drawn images below which scores are said to be rough
 LIMIT = 50_000  # real images that the Fréchet distance looks at
 BALLS = 10_000  # images on either side that precision, recall, density and coverage look at
+LIKELY = 1000  # real images whose likelihood is asked of a model that tells it
 HELD_OUT = 2000  # real images that tell how near to the training images unseen ones are
 BATCH = 128
 
@@ -75,7 +78,8 @@ def evaluate(
 
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
-        `protocol`: what the scores depend on; `warnings`: a list of sentences.
+        `likelihood` if the model tells any: see `likelihood`; `protocol`: what the scores depend
+        on; `warnings`: a list of sentences.
 
     Raises:
         UserError: something given cannot be used.
@@ -83,6 +87,7 @@ def evaluate(
     if n < 2:
         raise UserError(f"n is {n}; a distance needs at least 2 images")
     see = extractor(features, device_name)
+    what = _opened(what)
     images, sampling, cost = _images(what, n, seed, sample_options)
     real, held_out, trained_on = _real(data, split, training, tuple(images.shape[1:]), see)
     drawn = see(images)
@@ -106,6 +111,12 @@ def evaluate(
     result = {"scores": {title(key, see.name): value for key, value in scores.items()}}
     if cost is not None:
         result["speed"] = cost
+    if isinstance(what, Trained) and isinstance(what.model, HasLikelihood):
+        if not isinstance(data, Dataset) and Path(data).suffix != ".npz":
+            channels, height, _ = images.shape[1:]
+            data = pictures.load(data, split=split, size=height, channels=channels)
+        if isinstance(data, Dataset):
+            result["likelihood"] = likelihood(what, data)
     return result | {"protocol": protocol, "warnings": _warnings(protocol, n, scores)}
 
 
@@ -137,6 +148,32 @@ def score(drawn: Features, real: Reference, *, seed: int = 0) -> dict[str, float
         scores["precision"], scores["recall"] = precision_recall(some, few)
         scores["density"], scores["coverage"] = density_coverage(some, few)
     return scores
+
+
+def likelihood(trained: Trained, data: Dataset) -> dict[str, Any] | None:
+    """Return the bits per dimension of the data's pictures under a model, with their protocol.
+
+    None if the model tells no likelihoods. Of a class-conditional model, log p(x) is over equally
+    frequent classes.
+
+    Returns:
+        `bits_per_dim`; `bits_error`, its standard error over pictures; `bits_are`: `exact`, or an
+        `upper bound`; `bits_of`: the pictures, evenly spread over the data.
+    """
+    model = trained.model
+    if not isinstance(model, HasLikelihood):
+        return None
+    images = data.tensor(references.thinned(len(data), LIKELY))
+    where = next(model.parameters()).device
+    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    with torch.no_grad(), device.autocast(dtype, where):
+        bits = bits_per_dimension(model, images, batch=BATCH, where=where)
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "bits_error": float(bits.std() / len(bits) ** 0.5),
+        "bits_are": "an upper bound" if model.bound else "exact",
+        "bits_of": f"{len(images)} pictures of {data.name}, {data.split}",
+    }
 
 
 def title(key: str, features: str) -> str:
@@ -199,6 +236,8 @@ def describe(result: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in result["scores"].items():
         table.add_row(key, f"{value:.4g}")
+    for key, value in result.get("likelihood", {}).items():
+        table.add_row(key.replace("_", " "), _plain(value))
     for key, value in result.get("speed", {}).items():
         table.add_row(key.replace("_", " "), _plain(value), style="cyan")
     for key, value in result["protocol"].items():
@@ -214,14 +253,19 @@ def _plain(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def _opened(what: Subject) -> Subject:
+    """Return the trained model if `what` is the path of one, else `what`."""
+    if isinstance(what, str | Path):
+        path = Path(what)
+        if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
+            return sampling.load(path)
+    return what
+
+
 def _images(
     what: Subject, n: int, seed: int, options: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any] | None]:
     """Return the drawn images, how they were drawn, and what that cost if a model drew them."""
-    if isinstance(what, str | Path):
-        path = Path(what)
-        if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
-            what = sampling.load(path)
     if isinstance(what, Trained):
         return _draw(what, n, seed, options)
     if options:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trilemma.data import Dataset
 from trilemma.errors import UserError
-from trilemma.evaluation import score, title
+from trilemma.evaluation import likelihood, score, title
 from trilemma.metrics import reference as references
 from trilemma.metrics.features import Features, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
@@ -171,6 +171,7 @@ class Judge:
             "scores": scores,
             "noise": self._noise(seen.pooled),
             "speed": cost,
+            "likelihood": likelihood(trained, self.held_out) or {},
             "quick": quick,
             "steps": self._steps(trained, quick, cost),
             "sheet": {

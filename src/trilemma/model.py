@@ -58,10 +58,19 @@ class Generator(Protocol):
 
 @runtime_checkable
 class HasLikelihood(Protocol):
-    """Knows how probable an image is."""
+    """Knows how probable an image is.
+
+    Attributes:
+        discrete: `log_prob` is the log probability of the 8-bit picture; else it is the log density
+            on [-1, 1] of the picture dequantised (`batch.dequantise`).
+        bound: `log_prob` bounds it from below; else it is exact.
+    """
+
+    discrete: bool
+    bound: bool
 
     def log_prob(self, image: Tensor) -> Tensor:
-        """Return (B,) log densities in nats (or their lower bound) of images (B, C, H, W)."""
+        """Return (B,) nats of images (B, C, H, W); over equally frequent classes if it has any."""
         ...
 
 

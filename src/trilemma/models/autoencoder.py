@@ -144,6 +144,8 @@ class VAE(Model):
         discrete: whether `log_prob` is of the 8-bit picture rather than a density on [-1, 1].
     """
 
+    discrete, bound = False, True
+
     def __init__(
         self,
         encoder: nn.Module,
