@@ -16,6 +16,8 @@ SMALL: dict[str, dict] = {
     "networks.dcgan.Generator": {"channels": 4},
     "networks.dcgan.Critic": {"channels": 4},
     "networks.modulated.Generator": {"channels": 4},
+    "networks.residual.Generator": {"channels": 4},
+    "networks.residual.Critic": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
