@@ -20,6 +20,8 @@ SMALL: dict[str, dict] = {
     "networks.patchgan.Critic": {"channels": 4},
     "networks.coupling.Glow": {"steps": 2, "channels": 8},
     "networks.coupling.RealNVP": {"couplings": 2, "channels": 8, "blocks": 1},
+    "networks.residual.Generator": {"channels": 4},
+    "networks.residual.Critic": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},

@@ -108,7 +108,8 @@ def evaluate(
         "training_n": None if trained_on is None else len(trained_on),
         "sampling": sampling,
     }
-    result = {"scores": {title(key, see.name): value for key, value in scores.items()}}
+    named = {title(key, see.name): value for key, value in scores.items()}
+    result: dict[str, Any] = {"scores": named}
     if cost is not None:
         result["speed"] = cost
     if isinstance(what, Trained) and isinstance(what.model, HasLikelihood):
