@@ -287,6 +287,18 @@ def test_log_prob_is_of_what_the_model_says_it_is(likelihood):
         assert (log_prob < 0).all()
 
 
+def test_class_shares_are_brought_to_a_sum_of_one():
+    model = make(classes=2).eval()
+    latent = torch.randn(1, 4)
+    halves = model.decode(torch.cat([latent, torch.tensor([[0.5, 0.5]])], dim=1))
+    for shares in ([0.7, 0.7], [2.0, 2.0]):
+        same = model.decode(torch.cat([latent, torch.tensor([shares])], dim=1))
+        assert torch.allclose(same, halves, atol=1e-6)
+    one = model.decode(torch.cat([latent, torch.tensor([[1.0, 0.0]])], dim=1))
+    less = model.decode(torch.cat([latent, torch.tensor([[1.0, -0.3]])], dim=1))
+    assert torch.equal(one, less)
+
+
 def test_unknown_options_are_named():
     with pytest.raises(ValueError, match="'poisson'.*gaussian"):
         make(likelihood="poisson")

@@ -251,11 +251,15 @@ class VAE(Model):
     def decode(self, latent: Tensor) -> Tensor:
         """Map (B, D + K), latents and class shares, to the mean images (B, C, H, W).
 
+        Shares are brought to a sum of 1, those below 0 to 0: walks and sums of latents are latents.
+
         Raises:
             ValueError: latents of another shape.
         """
         check_shape("latents", latent, self.latent + self.classes)
-        output = self.decoder(latent[:, : self.latent], latent[:, self.latent :]).float()
+        shares = latent[:, self.latent :].clamp(min=0)
+        shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
+        output = self.decoder(latent[:, : self.latent], shares).float()
         return self.likelihood.mean(output)
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
