@@ -39,7 +39,7 @@ from trilemma.sampling import Trained
 FEW = 2000  # drawn images below which scores are said to be rough
 LIMIT = 50_000  # real images that the Fréchet distance looks at
 BALLS = 10_000  # images on either side that precision, recall, density and coverage look at
-LIKELY = 1000  # real images whose likelihood is asked of a model that tells it
+LIKELY = 500  # real images whose likelihood is asked: over classes, it takes many passes each
 HELD_OUT = 2000  # real images that tell how near to the training images unseen ones are
 BATCH = 128
 
