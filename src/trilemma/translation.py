@@ -58,14 +58,15 @@ def translate(
 
 
 def sheet(trained: Trained, data: Dataset) -> Image.Image:
-    """Lay out the first pictures of both domains, each with its translation to its right.
+    """Lay out pictures from all over both domains, each with its translation to its right.
 
     Above A to B, below B to A; `data` has both domains.
     """
     assert data.source is not None
-    first = torch.from_numpy(np.array(data.source[:SHOWN]))
     rows = []
-    for images, direction in ((first, "a-to-b"), (data.tensor(slice(SHOWN)), "b-to-a")):
+    for domain, direction in ((data.source, "a-to-b"), (data.images, "b-to-a")):
+        some = np.linspace(0, len(domain) - 1, min(SHOWN, len(domain))).astype(int)
+        images = torch.from_numpy(domain[some])
         pairs = torch.stack([images, translate(trained, images, direction)], 1).flatten(0, 1)
         blank = pairs.new_full((-len(pairs) % 8, *pairs.shape[1:]), 255)  # a row of its own
         rows += [pairs, blank]

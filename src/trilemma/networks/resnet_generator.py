@@ -5,7 +5,9 @@ Super-Resolution", as Zhu, Park, Isola, Efros (2017), "Unpaired Image-to-Image T
 Cycle-Consistent Adversarial Networks", appendix 7.2, take it up: a 7x7 convolution, two halvings
 that double the channels, residual blocks at a quarter of the side, two doublings, a 7x7 convolution
 and tanh. Reflected borders in place of zeros, which would show as a frame; ReLU; weights drawn from
-N(0, 0.02).
+N(0, 0.02). The doublings repeat pixels before a convolution, where the paper has transposed
+convolutions, whose uneven overlap draws a checkerboard: Odena, Dumoulin, Olah (2016),
+"Deconvolution and Checkerboard Artifacts".
 
 Instance normalisation with a gain and a bias: Ulyanov, Vedaldi, Lempitsky (2016), "Instance
 Normalization: The Missing Ingredient for Fast Stylization", equation 3, is group normalisation
@@ -67,12 +69,12 @@ class Generator(nn.Module):
             layers += [*_normalised(down, wide), nn.ReLU()]
         layers += [Residual(4 * channels) for _ in range(blocks)]
         for wide in (2 * channels, channels):
-            up = nn.ConvTranspose2d(2 * wide, wide, 3, 2, padding=1, output_padding=1, bias=False)
-            layers += [*_normalised(up, wide), nn.ReLU()]
+            up = nn.Conv2d(2 * wide, wide, 3, padding=1, padding_mode="reflect", bias=False)
+            layers += [nn.Upsample(scale_factor=2), *_normalised(up, wide), nn.ReLU()]
         last = nn.Conv2d(channels, image_channels, 7, padding=3, padding_mode="reflect")
         self.layers = nn.Sequential(*layers, last)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
