@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trilemma.networks import modulated
+from trilemma.networks import modulated, residual
 from trilemma.networks.convnet import Decoder, Encoder
 from trilemma.networks.dcgan import Critic, Generator
 from trilemma.networks.layers import halvings, one_hot
@@ -17,11 +17,12 @@ SIZES = [8, 16, 20, 28, 30, 32, 36, 48, 64, 100, 128]
 def test_any_size(size, channels):
     shape = (channels, size, size)
     label = one_hot(torch.tensor([0, 2]), 3, 2, torch.device("cpu"))
-    for generator in (Generator, modulated.Generator):
+    for generator in (Generator, modulated.Generator, residual.Generator):
         image = generator(shape, latent=5, channels=2, classes=3)(torch.randn(2, 5), label)
         assert image.shape == (2, *shape)
         assert image.abs().max() <= 1
     assert Critic(shape, channels=2, classes=3)(image, label).shape == (2,)
+    assert residual.Critic(shape, channels=2, classes=3)(image, label).shape == (2,)
     latent = Encoder(shape, 6, channels=2, classes=3)(image, label)
     assert latent.shape == (2, 6)
     assert Decoder(shape, 6, channels=2, classes=3)(latent, label).shape == image.shape
@@ -29,10 +30,11 @@ def test_any_size(size, channels):
 
 def test_oblong():
     shape, none = (3, 24, 40), torch.zeros(2, 0)
-    for generator in (Generator, modulated.Generator):
+    for generator in (Generator, modulated.Generator, residual.Generator):
         image = generator(shape, latent=5, channels=2)(torch.randn(2, 5), none)
         assert image.shape == (2, *shape)
     assert Critic(shape, channels=2)(image, none).shape == (2,)
+    assert residual.Critic(shape, channels=2)(image, none).shape == (2,)
     latent = Encoder(shape, 6, channels=2)(image, none)
     assert Decoder(shape, 6, channels=2)(latent, none).shape == (2, *shape)
 
@@ -105,3 +107,13 @@ def test_one_hot():
         one_hot(None, 3, 2, device)
     with pytest.raises(ValueError, match="from 0 to 3 .* 0 to 2"):
         one_hot(torch.tensor([0, 3]), 3, 2, device)
+
+
+def test_residual_blocks_start_as_the_identity():
+    """Fix-up: whatever the depth, the network starts as its straight way."""
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(residual.Block(8, 6)(x), x)
+    torch.manual_seed(0)
+    critic = residual.Critic((3, 32, 32), channels=8, blocks=3)
+    scores = critic(torch.randn(64, 3, 32, 32), torch.zeros(64, 0))
+    assert 0.2 < scores.std() < 5

@@ -1,4 +1,4 @@
-"""GAN: the losses' known values, the penalties' laws, labels, seeds, and that it learns."""
+"""GAN: the games' known values, the penalties' laws, labels, seeds, and that it learns."""
 
 import math
 
@@ -7,32 +7,101 @@ import torch
 from torch import nn
 
 from trilemma.batch import Batch, Condition, Rng
-from trilemma.models.gan import GAMES, GAN, gradient_norms, gradient_penalty, translate
+from trilemma.models.gan import FEW, GAMES, GAN, gradient_norms, gradient_penalty
 from trilemma.networks.dcgan import Critic, Generator
 
 SHAPE = (1, 16, 16)
 
 
-def make(classes=0, norm="none", **options):
+def make(classes=0, norm="none", labels="projection", attributes=0, **options):
     torch.manual_seed(0)
+    known = {"classes": classes, "attributes": attributes}
     return GAN(
-        Generator(SHAPE, latent=8, channels=4, classes=classes),
-        Critic(SHAPE, channels=4, classes=classes, norm=norm),
+        Generator(SHAPE, latent=8, channels=4, **known),
+        Critic(SHAPE, channels=4, norm=norm, labels=labels, **known),
         **options,
     )
 
 
-def batch(count=6, classes=0, seed=0):
+def batch(count=6, classes=0, seed=0, seen=0):
     label = torch.arange(count) % classes if classes else None
     image = Rng(range(seed, seed + count)).uniform(*SHAPE) * 2 - 1
-    return Batch(image, Condition(count, label=label), 0, Rng(range(seed, seed + count)))
+    return Batch(image, Condition(count, label=label), seen, Rng(range(seed, seed + count)))
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "generator"),
+    [  # at real score 2, fake score -1
+        ("non-saturating", math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)), math.log1p(math.e)),
+        ("least-squares", 0.5 + 0.5, 2.0),
+        ("hinge", 0.0, 1.0),
+        ("wasserstein", -3.0, 1.0),
+        ("relativistic", math.log1p(math.exp(-3)), math.log1p(math.exp(3))),
+    ],
+)
+def test_losses_at_known_scores(name, critic, generator):
+    real, fake = torch.tensor([2.0]), torch.tensor([-1.0])
+    assert GAMES[name].critic(real, fake).item() == pytest.approx(critic, rel=1e-5)
+    assert GAMES[name].generator(real, fake).item() == pytest.approx(generator, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_generator_gains_by_higher_scores(name):
+    real, fake = torch.zeros(1), torch.zeros(1, requires_grad=True)
+    GAMES[name].generator(real, fake).sum().backward()
+    assert fake.grad < 0
+
+
+def test_relativistic_players_are_each_others_mirror():
+    real, fake = torch.randn(2, 5)
+    game = GAMES["relativistic"]
+    assert torch.equal(game.generator(real, fake), game.critic(fake, real))
+    assert torch.allclose(game.critic(real + 3, fake + 3), game.critic(real, fake), atol=1e-5)
+    assert torch.allclose(game.critic(real, real), torch.full((5,), math.log(2)))
+
+
+def test_least_squares_at_equilibrium():
+    """A critic that knows nothing says 1/2: 1/4 for it, 1/8 for the generator."""
+    half = torch.full((3,), 0.5)
+    game = GAMES["least-squares"]
+    assert torch.equal(game.critic(half, half), torch.full((3,), 0.25))
+    assert torch.equal(game.generator(half, half), torch.full((3,), 0.125))
+
+
+def test_only_a_paired_game_scores_real_images_for_the_generator():
+    for game in GAMES:
+        model, scored = make(game=game), []
+        model.critic.register_forward_hook(lambda *_, scored=scored: scored.append(1))
+        model.generator_loss(batch())
+        assert len(scored) == (2 if game == "relativistic" else 1)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_share_known_by_the_critic(game):
+    """A critic that scores by brightness knows bright real from dark drawn images, for certain."""
+
+    class Brightness(nn.Module):
+        def forward(self, image, label):
+            return 4 * image.mean((1, 2, 3)) + 0.5
+
+    class Dark(Generator):
+        def forward(self, latent, label):
+            return super().forward(latent, label) * 0 - 1
+
+    model = GAN(Dark(SHAPE, latent=8, channels=4), Brightness(), game=game)
+    data = batch()
+    bright = Batch(torch.ones_like(data.image), data.condition, 0, data.rng)
+    losses = model.critic_loss(bright)
+    relative = game in ("wasserstein", "relativistic")
+    assert losses["ahead" if relative else "correct"] == 1
+    assert ("correct" in losses) is not relative
 
 
 def test_non_saturating_at_equilibrium():
     zero = torch.zeros(3)
     game = GAMES["non-saturating"]
     assert torch.allclose(game.critic(zero, zero), torch.full((3,), 2 * math.log(2)))
-    assert torch.allclose(game.generator(zero), torch.full((3,), math.log(2)))
+    assert torch.allclose(game.generator(zero, zero), torch.full((3,), math.log(2)))
 
 
 def test_non_saturating_is_cross_entropy():
@@ -40,14 +109,14 @@ def test_non_saturating_is_cross_entropy():
     bce = nn.BCEWithLogitsLoss(reduction="none")
     expected = bce(real, torch.ones(5)) + bce(fake, torch.zeros(5))
     assert torch.allclose(GAMES["non-saturating"].critic(real, fake), expected)
-    assert torch.allclose(GAMES["non-saturating"].generator(fake), bce(fake, torch.ones(5)))
+    assert torch.allclose(GAMES["non-saturating"].generator(real, fake), bce(fake, torch.ones(5)))
 
 
 def test_hinge_is_flat_beyond_the_margin():
     game = GAMES["hinge"]
     assert game.critic(torch.tensor(1.5), torch.tensor(-2.0)) == 0
     assert game.critic(torch.tensor(0.0), torch.tensor(0.0)) == 2
-    assert game.generator(torch.tensor(3.0)) == -3
+    assert game.generator(torch.tensor(0.0), torch.tensor(3.0)) == -3
 
 
 def test_wasserstein_ignores_a_shared_offset():
@@ -88,7 +157,7 @@ def test_penalty_of_a_flat_critic_has_a_finite_gradient():
     assert weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("penalty", ["gradient", "r1"])
+@pytest.mark.parametrize("penalty", ["gradient", "r1", "r1+r2"])
 def test_second_derivative_under_bf16(penalty):
     """The penalty's gradient under autocast is that of float32, to bf16's rounding."""
     gradients = []
@@ -118,17 +187,17 @@ def test_each_player_moves_alone():
     assert len({id(p) for p in learning}) == len(learning) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("penalty", ["none", "gradient", "r1"])
+@pytest.mark.parametrize("penalty", ["none", "gradient", "r1", "r1+r2"])
 @pytest.mark.parametrize("flip", [0.0, 0.5])
 def test_loss_does_not_depend_on_the_split(penalty, flip):
-    model = make(classes=3, penalty=penalty, flip=flip, shift=0.2).eval()
+    model = make(classes=3, penalty=penalty, flip=flip, augment="on", noise=0.1).eval()
     whole = model.critic_loss(batch(6, 3))["loss"]
     parts = [model.critic_loss(part)["loss"] for part in batch(6, 3).split(3)]
     assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
 
 
 def test_loss_leaves_torchs_generator_alone():
-    model = make(penalty="gradient", flip=0.1, shift=0.1)
+    model = make(penalty="gradient", flip=0.1, augment="on", noise=0.1)
     before = torch.random.get_rng_state()
     model.critic_loss(batch())
     model.generator_loss(batch())
@@ -167,19 +236,99 @@ def test_share_of_the_penalty_is_unbiased():
     assert abs(b.mean() - a.mean()) < 4 * b.std() / math.sqrt(40)
 
 
-def test_translate_moves_and_repeats_the_border():
-    image = torch.arange(8.0).view(1, 1, 1, 8).expand(64, 1, 8, 8)
-    moved = translate(image, Rng(range(64)), 0.25)
-    offsets = moved[:, 0, 0, 4] - 4
-    assert set(offsets.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
-    for one, offset in zip(moved, offsets, strict=True):
-        assert torch.equal(one[0, 0], (torch.arange(8.0) + offset).clamp(0, 7))
+class Linear(nn.Module):
+    """A critic of the same slope everywhere."""
+
+    def __init__(self, slope):
+        super().__init__()
+        direction = torch.randn(SHAPE)
+        self.weight = nn.Parameter(slope * direction / direction.norm())
+
+    def forward(self, image, label):
+        return (image * self.weight).flatten(1).sum(1)
 
 
-def test_translate_passes_gradients():
-    image = torch.randn(4, 1, 8, 8, requires_grad=True)
-    translate(image, Rng(range(4)), 0.25).sum().backward()
-    assert torch.allclose(image.grad.sum(), torch.tensor(4.0 * 64))
+@pytest.mark.parametrize(("penalty", "times"), [("r1", 1), ("r1+r2", 2)])
+def test_r1_and_r2_of_a_linear_critic(penalty, times):
+    """The gradient of D(x) = <w, x> is w at real and drawn images alike."""
+    options = {"game": "relativistic", "weight": 0.7}
+    model = GAN(Generator(SHAPE, 8, 4), Linear(3.0), penalty=penalty, **options).eval()
+    plain = GAN(model.generator, model.critic, **options).eval()
+    losses = model.critic_loss(batch())
+    assert losses["penalty"].item() == pytest.approx(times * 9.0, rel=1e-5)
+    added = losses["loss"] - plain.critic_loss(batch())["loss"]
+    assert added.item() == pytest.approx(0.7 * times * 9.0, rel=1e-4)
+
+
+def test_r2_looks_at_drawn_images():
+    """With D(x) = |x|^2 / 2 the penalty is the mean square of what it is taken at."""
+
+    class Square(nn.Module):
+        def forward(self, image, label):
+            return image.square().flatten(1).sum(1) / 2
+
+    model = GAN(Generator(SHAPE, 8, 4), Square(), penalty="r1+r2").eval()
+    fake = model.generator(batch().rng.normal(8), torch.zeros(6, 0))
+    squares = [x.square().flatten(1).sum(1).mean() for x in (batch().image, fake)]
+    assert torch.allclose(model.critic_loss(batch())["penalty"], sum(squares), rtol=1e-4)
+
+
+def test_clipping_bounds_the_critic_alone():
+    model = make(game="wasserstein", clip=0.01)
+    critic, generator = model.phases()
+    assert generator.after is None and critic.after is not None
+    before = [p.clone() for p in model.generator.parameters()]
+    critic.after()
+    assert max(p.abs().max() for p in model.critic.parameters()) == pytest.approx(0.01)
+    pairs = zip(before, model.generator.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    assert make(game="wasserstein").phases()[0].after is None
+
+
+def test_instance_noise_fades():
+    model = make(noise=0.5, noise_images=1000).eval()
+    image = torch.zeros(64, *SHAPE)
+    for seen, deviation in ((0, 0.5), (500, 0.25)):
+        noisy = model._seen(image, Batch(image, Condition(64), seen, Rng(range(64))))
+        assert noisy.std().item() == pytest.approx(deviation, rel=0.03)
+    for seen in (1000, 5000):
+        assert model._seen(image, Batch(image, Condition(64), seen, Rng(range(64)))) is image
+
+
+def test_instance_noise_is_seen_by_both_players():
+    plain, noisy = make().eval(), make(noise=0.5).eval()
+    for loss in ("critic_loss", "generator_loss"):
+        assert getattr(plain, loss)(batch())["loss"] != getattr(noisy, loss)(batch())["loss"]
+
+
+def test_augmentation_is_on_for_few_pictures():
+    assert make(augment="auto", count=FEW - 1).augment
+    assert not make(augment="auto", count=FEW).augment
+    assert make(augment="on", count=FEW).augment
+    assert not make(count=10).augment
+
+
+@pytest.mark.parametrize("labels", ["projection", "channels"])
+@pytest.mark.parametrize("norm", ["none", "spectral"])
+def test_a_critic_differs_by_label(labels, norm):
+    critic = make(classes=3, labels=labels, norm=norm).critic.eval()
+    image = batch().image[:1].expand(3, *SHAPE)
+    scores = critic(image, torch.eye(3))
+    assert len(set(scores.tolist())) == 3
+
+
+def test_attributes_are_read_where_there_are_no_classes():
+    model = make(attributes=2).eval()
+    attributes = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    drawn = model.sample(Condition(2, attributes=attributes), Rng([1, 1]))
+    assert not torch.equal(drawn[0], drawn[1])
+    with pytest.raises(ValueError, match="reads 2 attributes; none were given"):
+        model.sample(Condition(2), Rng([1, 2]))
+    with pytest.raises(ValueError, match="reads 2 attributes; 3 were given"):
+        model.sample(Condition(2, attributes=torch.zeros(2, 3)), Rng([1, 2]))
+    both = make(classes=3, attributes=2).eval()
+    label = torch.tensor([0, 1])
+    assert both.sample(Condition(2, label=label), Rng([1, 2])).shape == (2, *SHAPE)
 
 
 def test_a_picture_depends_on_its_seed_alone():
@@ -205,7 +354,12 @@ def test_label_is_asked_for():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"game": "chess"}, "'chess'.*hinge"), ({"penalty": "r9"}, "'r9'.*'gradient'")],
+    [
+        ({"game": "chess"}, "'chess'.*hinge"),
+        ({"penalty": "r9"}, "'r9'.*gradient"),
+        ({"augment": "yes"}, "'yes'.*'auto'"),
+        ({"labels": "loud"}, "'loud'.*'channels'"),
+    ],
 )
 def test_unknown_choice_is_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -218,6 +372,7 @@ def test_unknown_choice_is_named(options, message):
         {"game": "non-saturating", "penalty": "r1", "weight": 0.1},
         {"game": "hinge", "norm": "spectral"},
         {"game": "wasserstein", "penalty": "gradient", "critic_steps": 3},
+        {"game": "relativistic", "penalty": "r1+r2", "weight": 0.1, "labels": "channels"},
     ],
 )
 def test_it_learns_two_brightnesses(options):

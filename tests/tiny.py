@@ -18,6 +18,8 @@ SMALL: dict[str, dict] = {
     "networks.modulated.Generator": {"channels": 4},
     "networks.resnet_generator.Generator": {"channels": 4, "blocks": 1},
     "networks.patchgan.Critic": {"channels": 4},
+    "networks.residual.Generator": {"channels": 4},
+    "networks.residual.Critic": {"channels": 4},
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},

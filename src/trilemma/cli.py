@@ -205,6 +205,12 @@ def sample(
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
     ] = None,
+    attributes: Annotated[
+        str | None,
+        typer.Option(
+            help="Attributes to have, no others: Smiling,Male.", show_default="as in the data"
+        ),
+    ] = None,
     steps: Steps = None,
     solver: Solver = None,
     guidance: Guidance = None,
@@ -220,6 +226,8 @@ def sample(
     from trilemma import sampling
 
     trained = sampling.load(run, device)
+    if attributes is not None:
+        chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
     paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:

@@ -128,4 +128,5 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
     "adamw": partial(torch.optim.AdamW, fused=True),
     "muon": Muon,
+    "rmsprop": torch.optim.RMSprop,
 }

@@ -35,6 +35,7 @@ class Run:
         spec: the resolved recipe.
         out: the run folder.
         rank: this process; the first writes the files.
+        attribute_shares: share of the training pictures that has each attribute.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Run:
         self.model, self.spec, self.settings, self.length = model, spec, settings, length
         self.data, self.out, self.rank, self.where = data, out, rank, where
         self.seed = spec["run"]["seed"]
+        have = data.attributes
+        self.attribute_shares = [] if have is None else have.mean(0).tolist()
         spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
         self.phases = model.phases()
@@ -107,6 +110,7 @@ class Run:
             "shape": list(data.shape),
             "label_names": data.label_names,
             "attribute_names": data.attribute_names,
+            "attribute_shares": self.attribute_shares,
         }
 
     def write_recipe(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,40 @@ class Trained:
             f"no class '{label}'{recipe.suggest(str(label), known)}; the model knows {listed}"
         )
 
+    def attributes(self, rng: Rng, names: Sequence[str] | None) -> Tensor | None:
+        """Return (B, A) of 0 and 1: those in `names` 1; drawn as in the training data when None.
+
+        Takes one draw of `rng` in either case, so that a seed's picture stays the same otherwise.
+
+        Raises:
+            UserError: the model reads no attributes, or not one of these.
+        """
+        known = self.data["attribute_names"]
+        spec = self.recipe["model"]
+        if self.conditional or not recipe.find(spec, "attributes"):
+            if names is not None:
+                raise UserError(f"{self.name} was trained without attributes; leave them out")
+            return None
+        drawn = rng.uniform(len(known))
+        if names is None:
+            shares = torch.tensor(self.data["attribute_shares"], device=rng.device)
+            return (drawn < shares).float()
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"no attribute '{name}'{recipe.suggest(name, known)}; "
+                    f"the model knows {', '.join(known)}"
+                )
+        chosen = torch.tensor([float(name in names) for name in known], device=rng.device)
+        return chosen.expand(len(rng), -1)
+
     def batches(
         self,
         n: int,
         *,
         seed: int = 0,
         label: str | int | None = None,
+        attributes: Sequence[str] | None = None,
         batch: int = 128,
         **options: Any,
     ) -> Iterator[Tensor]:
@@ -117,7 +145,8 @@ class Trained:
         Image i draws from the stream of seed + i: it does not depend on `n` or `batch`.
 
         Raises:
-            UserError: an unknown option or class; `n` or `batch` below 1; a model that translates.
+            UserError: an unknown option, class or attribute; `n` or `batch` below 1; a model that
+                translates.
         """
         if self.translates:
             raise UserError(
@@ -133,8 +162,9 @@ class Trained:
             count = min(batch, n - start)
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
+            condition = Condition(count, part, self.attributes(rng, attributes))
             with torch.inference_mode(), device.autocast(dtype, where):
-                images = self.generator.sample(Condition(count, label=part), rng, **chosen)
+                images = self.generator.sample(condition, rng, **chosen)
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
             yield to_uint8(images).cpu()
@@ -145,11 +175,13 @@ class Trained:
         *,
         seed: int = 0,
         label: str | int | None = None,
+        attributes: Sequence[str] | None = None,
         batch: int = 128,
         **options: Any,
     ) -> Tensor:
         """Draw `n` images, uint8 (n, C, H, W) on the CPU; arguments and errors as `batches`."""
-        return torch.cat(list(self.batches(n, seed=seed, label=label, batch=batch, **options)))
+        asked: dict[str, Any] = {"label": label, "attributes": attributes, **options}
+        return torch.cat(list(self.batches(n, seed=seed, batch=batch, **asked)))
 
 
 def load(run: str | Path, device_name: str | None = None) -> Trained:
@@ -201,6 +233,7 @@ def save(
     *,
     seed: int = 0,
     label: str | int | None = None,
+    attributes: Sequence[str] | None = None,
     batch: int = 128,
     **options: Any,
 ) -> Iterator[Path]:
@@ -217,16 +250,21 @@ def save(
         raise UserError(f"{out} is a file; expected a folder for the images")
     chosen = trained.options(options)
     labels = trained.labels(n, label)
-    names = trained.data["label_names"]
+    has = trained.attributes(Rng(range(seed, seed + n)), attributes)
+    names, traits = trained.data["label_names"], trained.data["attribute_names"]
     kept: list[Tensor] = []
     digits = max(5, len(str(n - 1)))
     index = 0
-    for images in trained.batches(n, seed=seed, label=label, batch=batch, **options):
+    asked: dict[str, Any] = {"label": label, "attributes": attributes, **options}
+    for images in trained.batches(n, seed=seed, batch=batch, **asked):
         out.mkdir(parents=True, exist_ok=True)
         for image in images:
             facts = {
                 "seed": seed + index,
                 "label": None if labels is None else names[int(labels[index])],
+                "attributes": None
+                if has is None
+                else [name for name, bit in zip(traits, has[index], strict=True) if bit],
                 "sample": chosen,
                 "recipe": trained.recipe,
                 "progress": trained.progress,

@@ -24,10 +24,12 @@ class Settings:
         ema_rampup: the half-life is at most this share of the images seen so far.
         precision: `auto`, `bf16` or `fp32`.
         compile: `auto`, `on` or `off`: torch.compile.
-        optimizer: `type` (adam, adamw, muon) and its arguments.
+        optimizer: `type` (adam, adamw, muon, rmsprop) and its arguments.
         phases: the same per phase name, over `optimizer`.
         save_every: seconds between saves.
         grids: sample grids drawn during training.
+        watches: how often an adversarial run's coverage is looked at, evenly spread; 0 also turns
+            off the warning of a critic that is too sure.
         log_every: steps between lines of the log.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     save_every: float = 60.0
     grids: int = 10
+    watches: int = 20
     log_every: int = 50
 
     def __post_init__(self) -> None:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilemma import checkpoint, device, distributed, recipe, sampling, translation
+from trilemma import alarm, checkpoint, device, distributed, recipe, sampling, translation
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Frozen, Losses, Model, Phase
+from trilemma.model import Frozen, Generator, Losses, Model, Phase
 from trilemma.run import Run, start_from
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -198,6 +198,9 @@ def _steps(
     started_at, started_seen = progress.elapsed, progress.seen
     done = length.done(progress)
     drawn, probed = _share(done, settings.grids), _share(done, probes)
+    watched = _share(done, settings.watches)
+    watching = run.rank == 0 and settings.watches > 0 and len(run.data) > 1
+    ears = alarm.Alarm(run.out / "log.jsonl") if watching else None
     mark = time.perf_counter()
     while done < 1.0:
         batch = next(stream).to(run.where)
@@ -240,6 +243,8 @@ def _steps(
             }
             if write:
                 log.write(line)
+                if ears is not None:
+                    _say_all(log, ears.hear(line))
             here = max(done - length.done(Progress(0, started_seen, started_at)), 1e-9)
             log.show(done, line, (progress.elapsed - started_at) * (1 - done) / here)
         due = time.monotonic() - saved_at > settings.save_every
@@ -254,13 +259,19 @@ def _steps(
         if run.rank == 0 and _share(done, settings.grids) > drawn:
             _draw_grid(run)
             drawn = _share(done, settings.grids)
+        if ears is not None and _share(done, settings.watches) > watched:
+            watched = _share(done, settings.watches)
+            if ears.adversarial and isinstance(run.model, Generator):
+                numbers = {"coverage": alarm.coverage(run.trained(), run.data)}
+                log.write({**asdict(progress), "watch": numbers})
+                _say_all(log, ears.hear({**asdict(progress), "watch": numbers}))
         if probe is not None and _share(done, probes) > probed:
             if run.rank == 0:
                 numbers = probe(run.trained(), progress.elapsed)
                 log.write({**asdict(progress), "probe": numbers})
             probed = _share(done, probes)
         distributed.barrier()
-        mark = time.perf_counter()  # grids, probes and saves are not training
+        mark = time.perf_counter()  # grids, watches, probes and saves are not training
     if run.rank == 0:
         log.say(
             f"trained on {count(progress.seen)} images in {clock(progress.elapsed)}; "
@@ -372,6 +383,11 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say_all(log: Log, messages: Sequence[str]) -> None:
+    for message in messages:
+        log.say(message)
 
 
 def _skipped(data: Dataset) -> str:

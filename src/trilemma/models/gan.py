@@ -2,32 +2,48 @@
 
 Goodfellow et al. (2014), "Generative Adversarial Nets". D scores images by how real they look, G
 maps latents z ~ N(0, I) to images that score high. A GAN here is a game times a penalty times how
-the turns alternate; with logits d_r = D(x), d_f = D(G(z)) and softplus s(u) = log(1 + e^u):
+the turns alternate; with scores d_r = D(x), d_f = D(G(z)) and softplus s(u) = log(1 + e^u):
 
     game                D minimises the mean of                  G minimises the mean of
     non-saturating      s(-d_r) + s(d_f)                         s(-d_f)
+    least-squares       1/2 (d_r - 1)^2 + 1/2 d_f^2              1/2 (d_f - 1)^2
     hinge               max(0, 1 - d_r) + max(0, 1 + d_f)        -d_f
     wasserstein         d_f - d_r                                -d_f
+    relativistic        s(d_f - d_r)                             s(d_r - d_f)
 
 Non-saturating: Goodfellow et al., equation 1 and the remark at the end of section 3; at its
-equilibrium D knows nothing, and its loss is 2 log 2, G's log 2. Hinge: Lim, Ye (2017), "Geometric
+equilibrium D knows nothing, and its loss is 2 log 2, G's log 2. Least squares: Mao et al. (2017),
+"Least Squares Generative Adversarial Networks", equation 9. Hinge: Lim, Ye (2017), "Geometric
 GAN", equations 14 and 15; Miyato et al. (2018), equations 16 and 17. Wasserstein: Arjovsky,
-Chintala, Bottou (2017), "Wasserstein GAN", equation 2; it needs D to be 1-Lipschitz.
+Chintala, Bottou (2017), "Wasserstein GAN", equation 2; it needs D to be 1-Lipschitz, which `clip`
+sees to roughly, keeping every weight of D in [-clip, clip] (algorithm 1), and the gradient penalty
+better. Relativistic, each drawn image against a real one: Jolicoeur-Martineau (2018), "The
+relativistic discriminator", equations 13 and 14; Huang, Gokaslan, Kuleshov, Tompkin (2024), "The
+GAN is dead; long live the GAN! A Modern GAN Baseline", equation 3. No real kind of picture can be
+left out at no cost, for each has its own drawn image to keep up with. At equilibrium both lose
+log 2.
 
     penalty             added to D's loss, weight w
     gradient            w E[(|grad D(x^)| - 1)^2], x^ = x + e (G(z) - x), e ~ U(0, 1)
     r1                  w E[|grad D(x)|^2]
+    r1+r2               w E[|grad D(x)|^2] + w E[|grad D(G(z))|^2]
 
-Gradient: Gulrajani et al. (2017), "Improved Training of Wasserstein GANs", equation 3. R1:
+Gradient: Gulrajani et al. (2017), "Improved Training of Wasserstein GANs", equation 3. R1 and R2:
 Mescheder, Geiger, Nowozin (2018), "Which Training Methods for GANs do actually Converge?",
-equation 9 (their gamma / 2 is our w). `share` takes the penalty on that share of the batch only:
-an unbiased estimate for less work.
+equations 9 and 10 (their gamma / 2 is our w); Huang et al. prove local convergence of the
+relativistic game with both. `share` takes the penalty on that share of the batch only: an unbiased
+estimate for less work.
 
-Label smoothing (one-sided; Salimans et al. 2016, "Improved Techniques for Training GANs", section
-3.4): D's target for real images is 1 - smooth. Label noise: each image's real and fake swap roles
-in D's loss with probability `flip`. `shift` moves real and fake images alike by up to that share
-of their side before D sees them, so that D cannot learn few images by heart (translation of Zhao et
-al. 2020, "Differentiable Augmentation for Data-Efficient GAN Training", with the border repeated).
+Three ways to keep D from being too sure. Label smoothing (one-sided; Salimans et al. 2016,
+"Improved Techniques for Training GANs", section 3.4): D's target for real images is 1 - smooth.
+Label noise: each image's real and fake swap roles in D's loss with probability `flip`. Instance
+noise (Sonderby et al. 2017, "Amortised MAP Inference for Image Super-resolution", section 3.4;
+Arjovsky, Bottou 2017, "Towards Principled Methods for Training Generative Adversarial Networks",
+section 3): D sees all images with Gaussian noise, whose deviation falls from `noise` to 0 over
+`noise_images` training images. And one for few pictures: `augment`, see networks/augment.py.
+
+Conditional GANs: Mirza, Osindero (2014), "Conditional Generative Adversarial Nets". Both networks
+read a label vector beside their input: one-hot classes or, where the data have none, attributes.
 """
 
 from __future__ import annotations
@@ -41,31 +57,57 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
+from trilemma.networks.augment import DRAWN, augment
 from trilemma.networks.layers import one_hot
+
+FEW = 5000  # pictures below which augment = "auto" is on
 
 
 @dataclass(frozen=True)
 class Game:
-    """What each player minimises: per image, from scores (B,)."""
+    """What each player minimises: per image, from scores (B,) of real and drawn images.
 
-    critic: Callable[[Tensor, Tensor], Tensor]  # real, fake -> (B,)
-    generator: Callable[[Tensor], Tensor]  # fake -> (B,)
+    Attributes:
+        critic: real, fake -> (B,).
+        generator: real, fake -> (B,); reads `real` only when `paired`.
+        paired: G's loss reads D's scores of real images too.
+        boundary: the score between real and fake; None where scores mean something only relative
+            to each other.
+    """
+
+    critic: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor, Tensor], Tensor]
+    paired: bool = False
+    boundary: float | None = 0.0
 
 
 GAMES = {
     "non-saturating": Game(
         critic=lambda real, fake: F.softplus(-real) + F.softplus(fake),
-        generator=lambda fake: F.softplus(-fake),
+        generator=lambda real, fake: F.softplus(-fake),
+    ),
+    "least-squares": Game(
+        critic=lambda real, fake: 0.5 * (real - 1).square() + 0.5 * fake.square(),
+        generator=lambda real, fake: 0.5 * (fake - 1).square(),
+        boundary=0.5,
     ),
     "hinge": Game(
         critic=lambda real, fake: F.relu(1 - real) + F.relu(1 + fake),
-        generator=lambda fake: -fake,
+        generator=lambda real, fake: -fake,
     ),
     "wasserstein": Game(
         critic=lambda real, fake: fake - real,
-        generator=lambda fake: -fake,
+        generator=lambda real, fake: -fake,
+        boundary=None,
+    ),
+    "relativistic": Game(
+        critic=lambda real, fake: F.softplus(fake - real),
+        generator=lambda real, fake: F.softplus(real - fake),
+        paired=True,
+        boundary=None,
     ),
 }
+PENALTIES = ("none", "gradient", "r1", "r1+r2")
 
 
 def gradient_norms(critic: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
@@ -85,33 +127,25 @@ def gradient_penalty(
     return ((gradient_norms(critic, between) + 1e-12).sqrt() - 1).square()
 
 
-def translate(image: Tensor, rng: Rng, reach: float) -> Tensor:
-    """Move each image (B, C, H, W) by up to `reach` of its sides, repeating the border."""
-    for axis in (2, 3):
-        size = image.shape[axis]
-        limit = round(reach * size)
-        offset = rng.integers(2 * limit + 1) - limit  # (B,)
-        source = (torch.arange(size, device=image.device) + offset[:, None]).clamp(0, size - 1)
-        index = source.view(len(image), 1, *((size, 1) if axis == 2 else (1, size)))
-        image = image.gather(axis, index.expand_as(image))
-    return image
-
-
 class GAN(Model):
     """Generator and critic in alternation.
 
     Args:
-        generator: maps latents (B, D) and labels (B, K) to images; tells D as `latent` and K as
-            `classes`.
-        critic: maps images and labels to scores (B,).
-        game: "non-saturating", "hinge" or "wasserstein".
-        penalty: "none", "gradient" or "r1".
+        generator: maps latents (B, D) and label vectors (B, K) to images; tells D as `latent`, and
+            as `classes` and `attributes` what the label vectors are.
+        critic: maps images and label vectors to scores (B,).
+        game: "non-saturating", "least-squares", "hinge", "wasserstein" or "relativistic".
+        penalty: "none", "gradient", "r1" or "r1+r2".
         weight: of the penalty.
         share: of each batch on which the penalty is taken.
+        clip: largest size of the critic's weights; 0 lets them grow.
         critic_steps: steps of the critic for one of the generator.
         smooth: label smoothing, in the non-saturating game only.
         flip: probability that an image's real and fake swap roles.
-        shift: greatest translation seen by the critic, as a share of the side.
+        noise: deviation of the instance noise at the start.
+        noise_images: training images after which it is gone.
+        augment: "on", "off", or "auto": on below 5,000 training pictures.
+        count: of training pictures, for "auto".
     """
 
     def __init__(
@@ -122,46 +156,79 @@ class GAN(Model):
         penalty: str = "none",
         weight: float = 10.0,
         share: float = 1.0,
+        clip: float = 0.0,
         critic_steps: int = 1,
         smooth: float = 0.0,
         flip: float = 0.0,
-        shift: float = 0.0,
+        noise: float = 0.0,
+        noise_images: int = 500_000,
+        augment: str = "off",
+        count: int = 0,
     ) -> None:
         super().__init__()
         if game not in GAMES:
             raise ValueError(f"game is {game!r}: use one of {', '.join(GAMES)}")
-        if penalty not in ("none", "gradient", "r1"):
-            raise ValueError(f"penalty is {penalty!r}: use 'none', 'gradient' or 'r1'")
+        if penalty not in PENALTIES:
+            raise ValueError(f"penalty is {penalty!r}: use one of {', '.join(PENALTIES)}")
+        if augment not in ("on", "off", "auto"):
+            raise ValueError(f"augment is {augment!r}: use 'on', 'off' or 'auto'")
         if smooth and game != "non-saturating":
             raise ValueError("label smoothing belongs to the non-saturating game: set smooth = 0")
         self.generator, self.critic = generator, critic
         self.game, self.penalty, self.weight, self.share = GAMES[game], penalty, weight, share
-        self.critic_steps, self.smooth, self.flip, self.shift = critic_steps, smooth, flip, shift
+        self.clip, self.critic_steps, self.smooth, self.flip = clip, critic_steps, smooth, flip
+        self.noise, self.noise_images = noise, noise_images
+        self.augment = augment == "on" or (augment == "auto" and count < FEW)
         self.latent: int = generator.latent  # type: ignore[assignment]
         self.classes: int = generator.classes  # type: ignore[assignment]
+        self.attributes: int = generator.attributes  # type: ignore[assignment]
 
     def phases(self) -> list[Phase]:
         """The critic's turn at every step, then the generator's at every `critic_steps`-th."""
+        after = self.clip_weights if self.clip else None
         return [
-            Phase("critic", self.critic_loss, [self.critic]),
+            Phase("critic", self.critic_loss, [self.critic], after=after),
             Phase("generator", self.generator_loss, [self.generator], every=self.critic_steps),
         ]
 
-    def _label(self, condition: Condition, device: torch.device) -> Tensor:
-        return one_hot(condition.label, self.classes, condition.count, device)
+    @torch.no_grad()
+    def clip_weights(self) -> None:
+        """Bring every weight of the critic back into [-clip, clip]."""
+        for parameter in self.critic.parameters():
+            parameter.clamp_(-self.clip, self.clip)
 
-    def _seen(self, image: Tensor, rng: Rng) -> Tensor:
-        return translate(image, rng, self.shift) if self.shift else image
+    def _label(self, condition: Condition, device: torch.device) -> Tensor:
+        """Return the label vectors (B, K): classes or, where there are none, attributes."""
+        if self.classes or not self.attributes:
+            return one_hot(condition.label, self.classes, condition.count, device)
+        given = condition.attributes
+        if given is None or given.shape[1] != self.attributes:
+            seen = "none" if given is None else f"{given.shape[1]}"
+            raise ValueError(f"this model reads {self.attributes} attributes; {seen} were given")
+        return given
+
+    def _seen(self, image: Tensor, batch: Batch) -> Tensor:
+        """Return images as the critic sees them: augmented, and under instance noise."""
+        if self.augment:
+            image = augment(image, batch.rng.uniform(DRAWN))
+        deviation = self.noise * max(0.0, 1.0 - batch.seen / self.noise_images)
+        if deviation:
+            image = image + deviation * batch.rng.normal(*image.shape[1:])
+        return image
 
     def critic_loss(self, batch: Batch) -> Losses:
         """Tell real from fake."""
         rng, label = batch.rng, self._label(batch.condition, batch.image.device)
         with torch.no_grad():
             fake = self.generator(rng.normal(self.latent), label).float()
-        image, fake = self._seen(batch.image, rng), self._seen(fake, rng)
+        image, fake = self._seen(batch.image, batch), self._seen(fake, batch)
         real_score, fake_score = self.critic(image, label), self.critic(fake, label)
         losses = {"real": real_score.detach().mean(), "fake": fake_score.detach().mean()}
-        losses["correct"] = ((real_score > 0).float().mean() + (fake_score < 0).float().mean()) / 2
+        if self.game.boundary is None:
+            losses["ahead"] = (real_score > fake_score).float().mean()
+        else:
+            known = (real_score > self.game.boundary).float().mean()
+            losses["correct"] = (known + (fake_score < self.game.boundary).float().mean()) / 2
         if self.flip:
             swap = rng.uniform() < self.flip
             real_score, fake_score = (
@@ -178,11 +245,13 @@ class GAN(Model):
             def critic(x: Tensor) -> Tensor:
                 return self.critic(x, label[:count])
 
-            if self.penalty == "r1":
-                penalty = gradient_norms(critic, image[:count]).mean()
-            else:
+            if self.penalty == "gradient":
                 way = rng.uniform()[:count]
                 penalty = gradient_penalty(critic, image[:count], fake[:count], way).mean()
+            else:
+                penalty = gradient_norms(critic, image[:count]).mean()
+                if self.penalty == "r1+r2":
+                    penalty = penalty + gradient_norms(critic, fake[:count]).mean()
             losses["penalty"] = penalty.detach()
             loss = loss + self.weight * penalty
         return {"loss": loss, **losses}
@@ -190,15 +259,16 @@ class GAN(Model):
     def generator_loss(self, batch: Batch) -> Losses:
         """Look real."""
         rng, label = batch.rng, self._label(batch.condition, batch.image.device)
-        fake = self.generator(rng.normal(self.latent), label)
-        score = self.critic(self._seen(fake, rng), label)
-        return {"loss": self.game.generator(score).mean()}
+        fake = self._seen(self.generator(rng.normal(self.latent), label), batch)
+        score = self.critic(fake, label)
+        real = self.critic(self._seen(batch.image, batch), label) if self.game.paired else score
+        return {"loss": self.game.generator(real, score).mean()}
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
         """Draw images; a temperature below 1 shrinks latents: safer pictures, fewer kinds.
 
         Args:
-            condition: its label, where the model knows classes.
+            condition: its label or attributes, where the model knows any.
             rng: one stream per image.
             temperature: scale of the latents.
         """

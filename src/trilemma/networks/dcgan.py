@@ -8,9 +8,12 @@ generator with tanh at its end, LeakyReLU(0.2) in the critic, weights drawn from
 `channels` is the width beside the image; it doubles with each halving of the side. The side next
 to the latent is 4 to 7 pixels; a size that does not halve evenly is rounded up and cropped.
 
-Labels (B, K) are one-hot rows or any other vectors; K may be 0. The generator has them
-concatenated to the latent. The critic reads them by projection: Miyato, Koyama (2018), "cGANs with
-Projection Discriminator", equation 6, f(x, y) = y' V phi(x) + psi(phi(x)).
+Label vectors (B, K) are one-hot classes or, where there are no classes, attributes; K may be 0. The
+generator has them concatenated to the latent, so the first layer's columns for them are their
+embedding. The critic reads them in one of two ways. "channels": Mirza, Osindero (2014),
+"Conditional Generative Adversarial Nets", section 3.2, as its input's further channels, constant
+over the image (as Radford et al.'s convolutions need it). "projection": Miyato, Koyama (2018),
+"cGANs with Projection Discriminator", equation 6, f(x, y) = y' V phi(x) + psi(phi(x)).
 
 Critic normalisations: "batch"; "none"; "layer", Ba et al. (2016), which WGAN-GP needs as its
 penalty is per image; "spectral", Miyato et al. (2018), "Spectral Normalization for Generative
@@ -44,20 +47,26 @@ class Generator(nn.Module):
         shape: (C, H, W) of the image.
         latent: length of the latent vector.
         channels: width of the layer before the image.
-        classes: length K of the label vectors, 0 for none.
+        classes: number of classes, 0 for none.
+        attributes: number of attributes, read where there are no classes.
     """
 
     def __init__(
-        self, shape: Sequence[int], latent: int = 100, channels: int = 64, classes: int = 0
+        self,
+        shape: Sequence[int],
+        latent: int = 100,
+        channels: int = 64,
+        classes: int = 0,
+        attributes: int = 0,
     ) -> None:
         super().__init__()
         image_channels, *self.size = shape
-        self.latent, self.classes = latent, classes
+        self.latent, self.classes, self.attributes = latent, classes, attributes
         times, _ = halvings(max(self.size))
         base = [-(-side // 2**times) for side in self.size]
         widths = [channels * 2**i for i in reversed(range(times))]
         layers: list[nn.Module] = [
-            nn.Linear(latent + classes, widths[0] * base[0] * base[1], bias=False),
+            nn.Linear(latent + (classes or attributes), widths[0] * base[0] * base[1], bias=False),
             nn.Unflatten(1, (widths[0], *base)),
         ]
         for width, wider in zip(widths, [*widths[1:], image_channels], strict=True):
@@ -78,20 +87,32 @@ class Critic(nn.Module):
     Args:
         shape: (C, H, W) of the image.
         channels: width of the layer after the image.
-        classes: length K of the label vectors, 0 for none.
+        classes: number of classes, 0 for none.
+        attributes: number of attributes, read where there are no classes.
+        labels: "projection" or "channels": how label vectors are read.
         norm: "batch", "layer", "spectral" or "none".
     """
 
     def __init__(
-        self, shape: Sequence[int], channels: int = 64, classes: int = 0, norm: str = "batch"
+        self,
+        shape: Sequence[int],
+        channels: int = 64,
+        classes: int = 0,
+        attributes: int = 0,
+        labels: str = "projection",
+        norm: str = "batch",
     ) -> None:
         super().__init__()
+        if labels not in ("projection", "channels"):
+            raise ValueError(f"labels is {labels!r}: use 'projection' or 'channels'")
         if norm not in ("batch", "layer", "spectral", "none"):
             raise ValueError(f"norm is {norm!r}: use 'batch', 'layer', 'spectral' or 'none'")
         image_channels, *size = shape
+        known = classes or attributes
+        self.as_channels = labels == "channels"
         times, _ = halvings(max(size))
         layers: list[nn.Module] = []
-        before = image_channels
+        before = image_channels + (known if self.as_channels else 0)
         for i in range(times):
             width = channels * 2**i
             size = [side // 2 for side in size]
@@ -105,7 +126,8 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten())
         features = before * size[0] * size[1]
         self.score = nn.Linear(features, 1)
-        self.project = nn.Linear(classes, features, bias=False) if classes else None
+        projects = known > 0 and not self.as_channels
+        self.project = nn.Linear(known, features, bias=False) if projects else None
         _initialise(self)
         if norm == "spectral":
             for module in list(self.modules()):
@@ -114,6 +136,9 @@ class Critic(nn.Module):
 
     def forward(self, image: Tensor, label: Tensor) -> Tensor:
         """Map images (B, C, H, W) and labels (B, K) to scores (B,)."""
+        if self.as_channels:
+            planes = label[:, :, None, None].expand(-1, -1, *image.shape[2:])
+            image = torch.cat([image, planes.to(image.dtype)], dim=1)  # (B, C + K, H, W)
         feature = self.layers(image)  # (B, F)
         score = self.score(feature)[:, 0]
         if self.project is not None:

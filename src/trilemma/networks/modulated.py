@@ -45,19 +45,25 @@ class Generator(nn.Module):
         shape: (C, H, W) of the image, sides of at least 8 pixels.
         latent: length of the latent vector.
         channels: width at half the image's size; it doubles with each halving, up to four times.
-        classes: length K of the label vectors, 0 for none.
+        classes: number of classes, 0 for none.
+        attributes: number of attributes, read where there are no classes.
     """
 
     def __init__(
-        self, shape: Sequence[int], latent: int = 64, channels: int = 64, classes: int = 0
+        self,
+        shape: Sequence[int],
+        latent: int = 64,
+        channels: int = 64,
+        classes: int = 0,
+        attributes: int = 0,
     ) -> None:
         super().__init__()
         image_channels, *self.size = shape
-        self.latent, self.classes = latent, classes
+        self.latent, self.classes, self.attributes = latent, classes, attributes
         times, _ = halvings(max(self.size))
         base = [-(-side // 2**times) for side in self.size]
         widths = [channels * min(2**i, 4) for i in reversed(range(times))]
-        vector = latent + classes
+        vector = latent + (classes or attributes)
         self.first = nn.Linear(vector, widths[0] * base[0] * base[1], bias=False)
         self.unflatten = nn.Unflatten(1, (widths[0], *base))
         self.doublings = nn.ModuleList(
