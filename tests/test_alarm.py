@@ -141,7 +141,7 @@ def test_what_is_watched_is_logged_and_heard(data, tmp_path, capsys, monkeypatch
     assert [line["watch"]["coverage"] for line in lines(out) if "watch" in line] == [0.7, 0.8, 0.2]
 
 
-def test_watching_changes_no_weight_and_goes_on_after_a_stop(data, tmp_path):
+def test_watching_changes_no_weight(data, tmp_path):
     runs = {}
     for watches in (0, 4):
         changes = [*SMALL, "train.log_every=1", f"train.watches={watches}"]
