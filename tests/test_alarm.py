@@ -98,8 +98,8 @@ class Copies(Model):
 def test_coverage_sees_a_collapse(data):
     recipe = {"train": {}, "model": {}, "run": {"recipe": "copies"}}
     full, few = (Trained(Copies(data, c), recipe, {}, {}) for c in (False, True))
-    before = torch.random.get_rng_state()
     assert coverage(full, data) == 1.0
+    before = torch.random.get_rng_state()
     assert coverage(few, data) < 0.5
     assert torch.equal(torch.random.get_rng_state(), before)
 

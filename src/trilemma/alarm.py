@@ -25,7 +25,6 @@ from trilemma.data import Dataset
 from trilemma.metrics.features import extractor
 from trilemma.metrics.prdc import density_coverage
 from trilemma.metrics.reference import thinned
-from trilemma.model import Generator
 from trilemma.sampling import Trained
 
 WATCHED = ("correct", "ahead")
@@ -96,7 +95,6 @@ def coverage(trained: Trained, data: Dataset) -> float:
 
     Draws from the streams of seeds 0, 1, ...; torch's own generator stays where it is.
     """
-    assert isinstance(trained.model, Generator)
     rows = thinned(len(data), PICTURES)
     where = next(trained.model.parameters()).device
     dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
@@ -107,7 +105,7 @@ def coverage(trained: Trained, data: Dataset) -> float:
         rng = Rng(range(start, start + len(part)), where)
         with torch.inference_mode(), device.autocast(dtype, where):
             condition = data.condition(part).to(where)
-            drawn.append(to_uint8(trained.model.sample(condition, rng, **options)).cpu())
+            drawn.append(to_uint8(trained.generator.sample(condition, rng, **options)).cpu())
     see = extractor("pixels")
     real = see(data.tensor(rows)).pooled
     k = min(5, len(rows) - 1)

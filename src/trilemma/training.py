@@ -243,8 +243,8 @@ def _steps(
             }
             if write:
                 log.write(line)
-                if ears is not None:
-                    _say_all(log, ears.hear(line))
+                for warning in ears.hear(line) if ears is not None else ():
+                    log.say(warning)
             here = max(done - length.done(Progress(0, started_seen, started_at)), 1e-9)
             log.show(done, line, (progress.elapsed - started_at) * (1 - done) / here)
         due = time.monotonic() - saved_at > settings.save_every
@@ -263,8 +263,10 @@ def _steps(
             watched = _share(done, settings.watches)
             if ears.adversarial and isinstance(run.model, Generator):
                 numbers = {"coverage": alarm.coverage(run.trained(), run.data)}
-                log.write({**asdict(progress), "watch": numbers})
-                _say_all(log, ears.hear({**asdict(progress), "watch": numbers}))
+                line = {**asdict(progress), "watch": numbers}
+                log.write(line)
+                for warning in ears.hear(line):
+                    log.say(warning)
         if probe is not None and _share(done, probes) > probed:
             if run.rank == 0:
                 numbers = probe(run.trained(), progress.elapsed)
