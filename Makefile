@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	@echo "Look at demo/report.html in a browser; the trained models are in demo/."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --cov=trilemma --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --cov=trilemma --cov-report=term:skip-covered
 
 # Long runs, and parity with published implementations, which are installed for it.
 test-slow: $(VENV)/peers

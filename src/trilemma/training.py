@@ -387,11 +387,6 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _say_all(log: Log, messages: Sequence[str]) -> None:
-    for message in messages:
-        log.say(message)
-
-
 def _skipped(data: Dataset) -> str:
     """Say which files are left out, the first few by name."""
     told = [f"  {path}: {reason}" for path, reason in list(data.skipped.items())[:5]]
