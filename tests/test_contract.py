@@ -35,6 +35,25 @@ def data(name, sets):
     return sets[tiny.translates(name)]
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders with the runs that recipes use, in `runs`: tiny ones, and one step at 32 pixels."""
+    tiny_ones, sizeable = (tmp_path_factory.mktemp(name) for name in ("tiny", "sizeable"))
+    pictures = tiny.pictures(tmp_path_factory.mktemp("pictures"))
+    for folder, size, changes in (
+        (tiny_ones, tiny.SIZE, tiny.overrides("vqvae")),
+        (sizeable, 32, ["train.batch=8", "train.grids=0"]),
+    ):
+        data = load_data(pictures, split="all", size=size)
+        fit("vqvae", data, folder / "runs" / "vqvae", steps=1, overrides=changes)
+    return tiny_ones, sizeable
+
+
+@pytest.fixture(autouse=True)
+def beside_the_runs(folders, monkeypatch):
+    monkeypatch.chdir(folders[0])
+
+
 def build(name, data, seed=0):
     torch.manual_seed(seed)
     spec = recipe.override(recipe.load(name), tiny.overrides(name))
@@ -157,7 +176,8 @@ def test_translations(name, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_about_is_complete_and_true(name):
+def test_about_is_complete_and_true(name, folders, monkeypatch):
+    monkeypatch.chdir(folders[1])
     spec = recipe.load(name)
     about = spec["about"]
     assert {"summary", "paper", "family", "needs", "parameters"} <= about.keys()
