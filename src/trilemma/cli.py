@@ -193,7 +193,10 @@ def train(
     if as_json:
         _say({"run": str(trained.path), "recipe": trained.name, **trained.progress})
     else:
-        screen.print(f"next: trilemma sample {trained.path} -n 64 --out {trained.path}/pictures")
+        asked = f"sample {trained.path} -n 64"
+        if trained.translates:
+            asked = f"translate {trained.path} PICTURES"
+        screen.print(f"next: trilemma {asked} --out {trained.path}/pictures")
 
 
 @app.command()
