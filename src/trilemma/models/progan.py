@@ -79,8 +79,8 @@ class ProGAN(Model):
         self,
         generator: nn.Module,
         critic: nn.Module,
-        stage_images: int = 20_000,
-        fade_images: int = 20_000,
+        stage_images: int = 10_000,
+        fade_images: int = 10_000,
         weight: float = 10.0,
         drift: float = 1e-3,
     ) -> None:
