@@ -155,7 +155,7 @@ class Generator(nn.Module):
         maps = [pixel_norm(F.leaky_relu(self.second(x), 0.2))]
         for block in self.blocks[:stage]:
             x = maps[-1]
-            for conv in block:
+            for conv in block.children():
                 x = pixel_norm(F.leaky_relu(conv(x), 0.2))
             maps.append(x)
         image = self.to_rgb[stage](maps[-1]).float()
@@ -198,7 +198,7 @@ class Critic(nn.Module):
         """
         x = F.leaky_relu(self.from_rgb[stage](image), 0.2)
         for k in reversed(range(stage)):
-            for conv in self.blocks[k]:
+            for conv in self.blocks[k].children():
                 x = F.leaky_relu(conv(x), 0.2)
             x = F.avg_pool2d(x, 2)
             if k == stage - 1 and alpha < 1:
