@@ -22,6 +22,9 @@ SMALL: dict[str, dict] = {
     "networks.coupling.RealNVP": {"couplings": 2, "channels": 8, "blocks": 1},
     "networks.residual.Generator": {"channels": 4},
     "networks.residual.Critic": {"channels": 4},
+    "networks.progan.Generator": {"channels": 4},
+    "networks.progan.Critic": {"channels": 4},
+    "models.progan.ProGAN": {"stage_images": 8, "fade_images": 32},  # steps 2 to 5 are a fade
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},
@@ -36,6 +39,11 @@ SMALL: dict[str, dict] = {
         "attention": [8],
         "dropout": 0.0,
     },
+}
+
+# The images seen at moments of training between which each parameter has its turn; else [0].
+MOMENTS: dict[str, list[int]] = {
+    "progan": [0, 24, 64],  # 4 pixels, the fade from 4 to 8, the fade from 8 to 16
 }
 
 
