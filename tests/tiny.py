@@ -22,6 +22,9 @@ SMALL: dict[str, dict] = {
     "networks.coupling.RealNVP": {"couplings": 2, "channels": 8, "blocks": 1},
     "networks.residual.Generator": {"channels": 4},
     "networks.residual.Critic": {"channels": 4},
+    "networks.srresnet.Generator": {"width": 8, "blocks": 1},
+    "networks.srresnet.Critic": {"width": 4},
+    "models.srgan.SRGAN": {"content": "pixels"},  # VGG is a file of its own
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},
@@ -56,6 +59,11 @@ def _changes(path, spec):
 def translates(name: str) -> bool:
     """Whether a packaged recipe needs pictures of two domains."""
     return recipe.load(name).get("data", {}).get("pair") == "unpaired"
+
+
+def enlarges(name: str) -> bool:
+    """Whether a packaged recipe enlarges pictures."""
+    return recipe.load(name).get("data", {}).get("pair") == "shrunk"
 
 
 def domains(folder: Path) -> Path:
