@@ -17,8 +17,10 @@ from trilemma.data import batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.translation import translate
+from trilemma.upscale import enlarge
 
 RECIPES = recipe.names()
+DRAWING = [name for name in RECIPES if not tiny.translates(name) and not tiny.enlarges(name)]
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +149,7 @@ def _stop_after(step):
     return probe
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not tiny.translates(name)])
+@pytest.mark.parametrize("name", DRAWING)
 def test_samples(name, data, tmp_path):
     trained = fit(name, data, tmp_path / "run", steps=2)
     options = {"steps": 3} if "steps" in trained.sample_defaults else {}
@@ -173,6 +175,21 @@ def test_translations(name, data, tmp_path):
     apart = translate(trained, source, batch=2).int()
     assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
     with pytest.raises(UserError, match="trilemma translate"):
+        trained.sample(1)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.enlarges(name)])
+def test_enlargements(name, data, tmp_path):
+    trained = fit(name, data, tmp_path / "run", steps=2)
+    source, factor = data.tensor(slice(6)), trained.model.factor
+    images = enlarge(trained, source)
+    channels, height, width = data.shape
+    assert images.shape == (6, channels, factor * height, factor * width)
+    loaded = sampling.load(tmp_path / "run")
+    assert torch.equal(enlarge(loaded, source), images), "a reloaded model differs"
+    apart = torch.cat([enlarge(trained, part) for part in source.split(2)]).int()
+    assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
+    with pytest.raises(UserError, match="trilemma upscale"):
         trained.sample(1)
 
 

@@ -25,6 +25,9 @@ SMALL: dict[str, dict] = {
     "networks.progan.Generator": {"channels": 4},
     "networks.progan.Critic": {"channels": 4},
     "models.progan.ProGAN": {"stage_images": 8, "fade_images": 32},  # steps 2 to 5 are a fade
+    "networks.srresnet.Generator": {"width": 8, "blocks": 1},
+    "networks.srresnet.Critic": {"width": 4},
+    "models.srgan.SRGAN": {"content": "pixels"},  # VGG is a file of its own
     "networks.convnet.Encoder": {"channels": 4},
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},
@@ -64,6 +67,11 @@ def _changes(path, spec):
 def translates(name: str) -> bool:
     """Whether a packaged recipe needs pictures of two domains."""
     return recipe.load(name).get("data", {}).get("pair") == "unpaired"
+
+
+def enlarges(name: str) -> bool:
+    """Whether a packaged recipe enlarges pictures."""
+    return recipe.load(name).get("data", {}).get("pair") == "shrunk"
 
 
 def domains(folder: Path) -> Path:

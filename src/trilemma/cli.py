@@ -346,6 +346,23 @@ def translate(
 
 
 @app.command()
+def upscale(
+    run: Run, pictures: Pictures, out: OutFolder, device: Device = None, as_json: Json = False
+) -> None:
+    """Enlarge pictures of any size by the model's factor, under their own names."""
+    from trilemma import sampling
+    from trilemma import upscale as upscaling
+
+    paths, skipped = upscaling.upscale(sampling.load(run, device), pictures, out)
+    for name, reason in skipped.items():
+        screen.print(f"left out: {name}: {reason}", markup=False)
+    if as_json:
+        _say({"images": [str(path) for path in paths]})
+    else:
+        screen.print(f"{len(paths)} pictures in {out}")
+
+
+@app.command()
 def score(
     run: Run, pictures: Pictures, device: Device = None, as_json: Json = False
 ) -> None:

@@ -204,6 +204,11 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
                 f"{name} translates pictures and draws none of its own, so it cannot be compared "
                 "with models that do; train it by itself, and use trilemma translate"
             )
+        if specs[name].get("data", {}).get("pair") == "shrunk":
+            raise UserError(
+                f"{name} enlarges pictures and draws none of its own, so it cannot be compared "
+                "with models that do; train it by itself, and use trilemma upscale"
+            )
     return specs
 
 

@@ -56,7 +56,10 @@ class Run:
         self.attribute_shares = [] if have is None else have.mean(0).tolist()
         spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
-        self.phases = model.phases()
+        try:
+            self.phases = model.phases()
+        except ValueError as error:  # something it learns with is missing
+            raise UserError(f"{spec['run']['recipe']} cannot be trained: {error}") from error
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimizers = {phase.name: self._optimizer(phase) for phase in self.phases}
         self.rates = {

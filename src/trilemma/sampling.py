@@ -58,6 +58,11 @@ class Trained:
         return self.recipe.get("data", {}).get("pair") == "unpaired"
 
     @property
+    def enlarges(self) -> bool:
+        """Whether the model draws larger pictures from given ones, and nothing without them."""
+        return self.recipe.get("data", {}).get("pair") == "shrunk"
+
+    @property
     def generator(self) -> Generator:
         """The model as what draws; raises UserError when it draws nothing."""
         if not isinstance(self.model, Generator):
@@ -146,12 +151,17 @@ class Trained:
 
         Raises:
             UserError: an unknown option, class or attribute; `n` or `batch` below 1; a model that
-                translates.
+                translates or enlarges.
         """
         if self.translates:
             raise UserError(
                 f"{self.name} translates pictures and draws none of its own; "
                 f"use trilemma translate {self.path} PICTURES --out DIR"
+            )
+        if self.enlarges:
+            raise UserError(
+                f"{self.name} enlarges pictures and draws none of its own; "
+                f"use trilemma upscale {self.path} PICTURES --out DIR"
             )
         if n < 1 or batch < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")

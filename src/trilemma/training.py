@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilemma import alarm, checkpoint, device, distributed, recipe, sampling, translation
+from trilemma import (
+    alarm,
+    checkpoint,
+    device,
+    distributed,
+    recipe,
+    sampling,
+    translation,
+    upscale,
+)
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
@@ -83,7 +92,13 @@ def train(
     spec = recipe.override(recipe.load(name), overrides)
     asks = spec.get("data", {})
     if not isinstance(data, Dataset):
-        data = load_data(data, split="train", size=size, multiple=asks.get("multiple", 1))
+        data = load_data(
+            data,
+            split="train",
+            size=size,
+            multiple=asks.get("multiple", 1),
+            tiles=bool(asks.get("tiles", False)),
+        )
     if asks.get("pair") == "unpaired" and (data.source is None or not len(data.source)):
         raise UserError(
             f"{name} translates between two domains and {data.name} has pictures of one to train "
@@ -341,6 +356,8 @@ def _draw_grid(run: Run) -> None:
     folder.mkdir(exist_ok=True)
     if trained.translates:
         sheet = translation.sheet(trained, run.data)
+    elif trained.enlarges:
+        sheet = upscale.sheet(trained, run.data)
     else:
         n = 100 if trained.conditional else 64
         sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)

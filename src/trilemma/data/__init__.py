@@ -37,6 +37,7 @@ def load(
     multiple: int = 1,
     channels: int | None = None,
     background: str = "white",
+    tiles: bool = False,
 ) -> Dataset:
     """Load pictures, decoded once and memory-mapped from then on.
 
@@ -51,6 +52,8 @@ def load(
         multiple: the side is rounded up to a multiple of this.
         channels: 1 or 3. None: 1 when no picture has colour, else 3.
         background: what shows through transparent parts: a colour's name or #rrggbb.
+        tiles: cut pictures into squares of `size` that do not overlap, and resize nothing. All of
+            one picture are of one split; a picture smaller than that cannot be used.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split is {split!r}; expected train, test or all")
@@ -63,7 +66,7 @@ def load(
     except ValueError:
         raise UserError(f"{background!r} is no colour; expected a name or #rrggbb") from None
     found = find(source)
-    folder = open_cache(found, Settings(size, multiple, channels, background))
+    folder = open_cache(found, Settings(size, multiple, channels, background, tiles))
     return _open(folder, str(source), split)
 
 

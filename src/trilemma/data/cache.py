@@ -36,7 +36,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from trilemma.data.decode import Header, decode, read_header
+from trilemma.data.decode import Header, decode, read_header, tiles
 from trilemma.data.listing import Item, Listing, Source, Unusable
 from trilemma.errors import UserError
 
@@ -55,6 +55,7 @@ class Settings:
     multiple: int
     channels: int | None
     background: str
+    tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ def _key(
     side: int,
 ) -> str:
     record: list[Any] = [VERSION, side, settings.channels, settings.background, listing.layout]
+    record += ["tiles"] * settings.tiles  # caches without them keep the key they had
     record += [
         listing.label_names,
         listing.attribute_names,
@@ -222,10 +224,12 @@ def _write(
 ) -> None:
     """Decode the pictures and write everything into `folder`."""
 
-    def pixels(one: Scanned) -> np.ndarray | str:
+    def pixels(one: Scanned) -> list[np.ndarray] | str:
         try:
             content = source.read(one.item.path)
-            return decode(content, side, settings.background, grey=settings.channels == 1)
+            if settings.tiles:
+                return tiles(content, side, settings.background, grey=settings.channels == 1)
+            return [decode(content, side, settings.background, grey=settings.channels == 1)]
         except Unusable as error:
             return str(error)
 
@@ -240,9 +244,10 @@ def _write(
             if isinstance(result, str):
                 unusable[one.item.path] = result
                 continue
-            grey = grey and len(result) == 1
-            stream.write(np.broadcast_to(result, (3, side, side)).tobytes())
-            kept.append(one)
+            for picture in result:  # the tiles of one picture, or the picture
+                grey = grey and len(picture) == 1
+                stream.write(np.broadcast_to(picture, (3, side, side)).tobytes())
+                kept.append(one)
     wanted = [one for one in kept if one.item.domain == "image"]
     if not wanted:
         raise UserError(_all_unusable(source, unusable))

@@ -5,6 +5,7 @@ to 8 bits (16-bit grey is divided by 257, not clipped); transparent parts compos
 background; the largest centred square cut out; resized to the wanted side by Lanczos filtering,
 which is antialiased, after a reduction by whole numbers where the picture is more than 3 times too
 large. JPEGs far too large are decoded at a reduced size by the discrete cosine transform itself.
+`tiles` cuts a picture up instead, and resizes nothing.
 """
 
 from __future__ import annotations
@@ -66,14 +67,9 @@ def decode(
     """
     image = _open(content)
     try:
-        orientation = _orientation(image)
         if image.format == "JPEG":
             image.draft(None, (2 * side, 2 * side))  # decode at no less than twice the side
-        image = _eight_bits(image, background)
-        if orientation in _TURNS:
-            image = image.transpose(_TURNS[orientation])
-        if grey and image.mode != "L":
-            image = image.convert("L")
+        image = _upright(image, background, grey)
         width, height = image.size
         square = min(width, height)
         left, top = (width - square) // 2, (height - square) // 2
@@ -85,10 +81,54 @@ def decode(
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise Unusable(f"truncated or damaged: {error}") from None
+    return _pixels(image)
+
+
+def read(content: bytes | np.ndarray, background: str, grey: bool = False) -> Image.Image:
+    """Return the whole picture, upright, in mode L or RGB; raises Unusable."""
+    image = _open(content)
+    try:
+        return _upright(image, background, grey)
+    except Unusable:
+        raise
+    except Exception as error:  # as in decode
+        raise Unusable(f"truncated or damaged: {error}") from None
+
+
+def tiles(
+    content: bytes | np.ndarray, side: int, background: str, grey: bool = False
+) -> list[np.ndarray]:
+    """Cut the picture into tiles that do not overlap, each as from `decode`, in rows.
+
+    What is left over at the borders is shared by both sides. Raises Unusable, also when the
+    picture is smaller than a tile.
+    """
+    image = read(content, background, grey)
+    columns, rows = image.width // side, image.height // side
+    if not columns or not rows:
+        raise Unusable(
+            f"smaller than the crop: {image.width} x {image.height} pixels, {side} x {side} needed"
+        )
+    left, top = (image.width - columns * side) // 2, (image.height - rows * side) // 2
+    corners = [(left + x * side, top + y * side) for y in range(rows) for x in range(columns)]
+    return [_pixels(image.crop((x, y, x + side, y + side))) for x, y in corners]
+
+
+def _upright(image: Image.Image, background: str, grey: bool) -> Image.Image:
+    """Return `image` turned as it says, in mode L or RGB."""
+    orientation = _orientation(image)
+    image = _eight_bits(image, background)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    return image.convert("L") if grey and image.mode != "L" else image
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Return (1, H, W) where the picture has no colour, else (3, H, W)."""
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         return pixels[None]
-    pixels = pixels.transpose(2, 0, 1)  # (3, side, side)
+    pixels = pixels.transpose(2, 0, 1)
     grey = np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2])
     return pixels[:1] if grey else pixels
 
