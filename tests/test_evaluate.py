@@ -72,7 +72,7 @@ class Painter(Model):
 
 def trained():
     recipe = {"run": {"recipe": "painter"}, "model": {}, "train": {}, "sample": {"steps": 2}}
-    facts = {"shape": [1, 8, 8], "label_names": []}
+    facts = {"shape": [1, 8, 8], "label_names": [], "attribute_names": []}
     return sampling.Trained(Painter().eval(), recipe, facts, {"seen": 640})
 
 
