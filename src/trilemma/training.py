@@ -276,7 +276,8 @@ def _steps(
             drawn = _share(done, settings.grids)
         if ears is not None and _share(done, settings.watches) > watched:
             watched = _share(done, settings.watches)
-            if ears.adversarial and isinstance(run.model, Generator):
+            draws = isinstance(run.model, Generator) and "pair" not in run.spec.get("data", {})
+            if ears.adversarial and draws:
                 numbers = {"coverage": alarm.coverage(run.trained(), run.data)}
                 line = {**asdict(progress), "watch": numbers}
                 log.write(line)
