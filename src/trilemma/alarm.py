@@ -71,7 +71,7 @@ class Alarm:
                 f"{line['watch']['coverage']:.0%} of the training pictures, down from "
                 f"{self._best:.0%}: the generator is collapsing onto fewer kinds. Stop here, or "
                 f"start anew with a smaller rate (--set train.optimizer.lr=...), a larger batch, "
-                f"or a steadier game, as the recipes gan and wgan-gp have"
+                f"or a steadier game, as the recipes quick-gan and wgan-gp have"
             )
         return said
 
