@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trilemma.batch import to_uint8
 from trilemma.model import Frozen
+from trilemma.networks.layers import check_shape
 
 
 class Pixels(nn.Module):
@@ -55,11 +56,7 @@ class Tokens(nn.Module, ABC):
 
     def check(self, image: Tensor) -> None:
         """Raise ValueError when pictures are not of this codec's shape."""
-        if tuple(image.shape[1:]) != self.shape:
-            raise ValueError(
-                f"pictures of shape {tuple(image.shape[1:])} were given; "
-                f"the model was trained on {self.shape}"
-            )
+        check_shape("pictures", image, *self.shape)
 
     @abstractmethod
     def encode(self, image: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
 from trilemma.codecs import PixelTokens, Tokens
 from trilemma.model import Losses, Model, Phase
-from trilemma.networks.layers import one_hot
+from trilemma.networks.layers import check_shape, one_hot
 from trilemma.networks.pixelcnn import Memory
 from trilemma.networks.pixelcnn import PixelCNN as PixelNetwork
 from trilemma.networks.transformer import Cache, CausalTransformer
@@ -163,7 +163,7 @@ class PixelCNN(Model):
             return LogisticMixture.of(self.head(features.float()), self.shape[0])
 
     def _log_prob(self, image: Tensor, label: Tensor) -> Tensor:
-        _check_shape(image, self.shape)
+        check_shape("pictures", image, *self.shape)
         image = to_float(to_uint8(image))
         return self.mixture(image, label).log_prob(image).flatten(1).sum(1)
 
@@ -202,7 +202,7 @@ class PixelCNN(Model):
         Raises:
             ValueError: the images' shape, the rows or the temperature cannot be.
         """
-        _check_shape(image, self.shape)
+        check_shape("pictures", image, *self.shape)
         _check_options(known_rows, self.shape, temperature)
         channels, height, width = self.shape
         label = one_hot(condition.label, self.classes, len(image), image.device)
@@ -382,14 +382,6 @@ def _float32(where: torch.device) -> torch.autocast:
     with it: in bfloat16, rounded otherwise in other batches, a picture would depend on its batch.
     """
     return torch.autocast(where.type, enabled=False)
-
-
-def _check_shape(image: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(image.shape[1:]) != shape:
-        raise ValueError(
-            f"pictures of shape {tuple(image.shape[1:])} were given; "
-            f"the model was trained on {shape}"
-        )
 
 
 def _check_options(
