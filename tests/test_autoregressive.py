@@ -310,6 +310,28 @@ def test_it_learns_pictures_and_their_class(kind):
     assert (drawn - image).abs().max() < 0.1
     right, wrong = (model.log_prob(image, k) for k in (label, 1 - label))
     assert (right > wrong + 3).all()
+    blank = image.clone()
+    blank[:, :, 1:] = 0
+    done = model.complete(blank, 1, Condition(8), Rng(range(8)), temperature=0.0)
+    assert (done - image).abs().max() < 0.1, "the first row tells the class"
+
+
+def test_completion_without_a_label_draws_as_log_prob_says():
+    """p(rest | known) = p(whole) / p(known), each over all classes: of black and white pixels."""
+    model = make("transformer", (1, 2, 2), classes=3, levels=2)
+    torch.nn.init.normal_(model.start.weight, std=3)  # much depends on the class
+    torch.nn.init.normal_(model.head.weight, std=1)
+    below = torch.tensor([[-1.0, -1], [-1, 1], [1, -1], [1, 1]]).view(4, 1, 1, 2)
+    whole = torch.cat([torch.tensor([-1.0, 1]).expand(4, 1, 1, 2), below], dim=2)
+    expected = model.log_prob(whole).softmax(0)
+    count = 4000
+    blank = whole[:1].expand(count, -1, -1, -1)
+    drawn = model.complete(blank, 1, Condition(count), Rng(range(count)))
+    shares = (drawn[:, None, :, 1] == whole[None, :, :, 1]).all(-1).float().mean((0, 2))
+    assert (shares - expected).abs().max() < 0.03
+    by_label = [model.log_prob(whole, torch.full((4,), k)).softmax(0) for k in range(3)]
+    evenly = torch.stack(by_label).mean(0)
+    assert (evenly - expected).abs().max() > 0.06, "the known row tells nothing of the class"
 
 
 def test_turns_depend_on_distance_alone():
