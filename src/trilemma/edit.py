@@ -268,9 +268,9 @@ def decode(trained: Trained, latents: Tensor, track: Track = iter) -> Tensor:
         ValueError: latents of another shape.
     """
     model = _latents(trained)
-    with _inference(trained):
+    with _inference(trained) as where:
         parts = track(latents.split(BATCH))
-        return torch.cat([to_uint8(model.decode(part)).cpu() for part in parts])
+        return torch.cat([to_uint8(model.decode(part.to(where))).cpu() for part in parts])
 
 
 def save(
