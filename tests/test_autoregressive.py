@@ -316,22 +316,36 @@ def test_it_learns_pictures_and_their_class(kind):
     assert (done - image).abs().max() < 0.1, "the first row tells the class"
 
 
-def test_completion_without_a_label_draws_as_log_prob_says():
-    """p(rest | known) = p(whole) / p(known), each over all classes: of black and white pixels."""
-    model = make("transformer", (1, 2, 2), classes=3, levels=2)
-    torch.nn.init.normal_(model.start.weight, std=3)  # much depends on the class
-    torch.nn.init.normal_(model.head.weight, std=1)
-    below = torch.tensor([[-1.0, -1], [-1, 1], [1, -1], [1, 1]]).view(4, 1, 1, 2)
-    whole = torch.cat([torch.tensor([-1.0, 1]).expand(4, 1, 1, 2), below], dim=2)
-    expected = model.log_prob(whole).softmax(0)
-    count = 4000
-    blank = whole[:1].expand(count, -1, -1, -1)
-    drawn = model.complete(blank, 1, Condition(count), Rng(range(count)))
-    shares = (drawn[:, None, :, 1] == whole[None, :, :, 1]).all(-1).float().mean((0, 2))
-    assert (shares - expected).abs().max() < 0.03
-    by_label = [model.log_prob(whole, torch.full((4,), k)).softmax(0) for k in range(3)]
-    evenly = torch.stack(by_label).mean(0)
-    assert (evenly - expected).abs().max() > 0.06, "the known row tells nothing of the class"
+class Coin(torch.nn.Module):
+    """Features of the class alone, at every position."""
+
+    width = 3
+
+    def forward(self, x, place, cache=None):
+        if cache is None or not cache.length:
+            self.first = x[:, :1]
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.first.expand(-1, x.shape[1], -1)
+
+
+def test_a_class_that_is_not_said_is_drawn_as_the_known_rows_tell():
+    """Coins of three kinds: after two heads the next is a head by sum p^3 / sum p^2."""
+    model = PixelAutoregressive(PixelTokens((1, 2, 2), 2), Coin(), classes=3)
+    score = torch.tensor([-2.0, 0.0, 2.0])
+    with torch.no_grad():
+        model.start.weight.copy_(torch.eye(3))
+        model.position.weight.zero_()
+        model.head.weight.copy_(torch.stack([0 * score, score]))
+        model.head.bias.zero_()
+    count, head = 4000, score.sigmoid()
+    image = torch.ones(count, 1, 2, 2)
+    drawn = model.complete(image, 1, Condition(count), Rng(range(count)))[:, 0, 1]
+    assert abs((drawn > 0).float().mean() - (head**3).sum() / (head**2).sum()) < 0.02
+    both = (drawn > 0).all(1).float().mean()
+    assert abs(both - (head**4).sum() / (head**2).sum()) < 0.03, "one class for both"
+    told = model.complete(image, 1, Condition(count, torch.zeros(count).long()), Rng(range(count)))
+    assert abs((told[:, 0, 1] > 0).float().mean() - head[0]) < 0.02
 
 
 def test_turns_depend_on_distance_alone():
