@@ -32,7 +32,7 @@ SMALL: dict[str, dict] = {
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},
     "networks.convnet.GridDecoder": {"channels": 8, "blocks": 1},
-    "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
+    "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1]},
     "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
     "networks.unet.UNet": {
