@@ -7,9 +7,10 @@ float32, Adam 1e-3, batch 128. Ours is the packaged recipe at its defaults, by `
 
 Both sides train for the same wall-clock time on all cores, one after the other in one process, on
 the same pictures; probes and setting up are not training time. Each then draws as many pictures of
-every class with the same number of network calls a picture (theirs by DDIM; ours by the recipe's
-solver and guidance, which takes two calls a step), which EfficientNet-Lite0 compares with the test pictures: the Fréchet distance to all of them, recall (k = 3) and coverage
-(k = 5) to as many as were drawn. Last, the sides take turns at drawing, for the speed.
+every class with the same number of network calls a picture: theirs by DDIM, ours by the recipe's
+solver and guidance, which takes two calls a step. EfficientNet-Lite0 compares them with the test
+pictures: the Fréchet distance to all of them, recall (k = 3) and coverage (k = 5) to as many as
+were drawn. Last, the sides take turns at drawing, for the speed.
 
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/quality_equal_time.py --minutes 10

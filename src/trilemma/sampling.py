@@ -44,7 +44,7 @@ class Trained:
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
-        """The recipe's defaults for `sample`; no guidance where there are no classes to guide by."""
+        """The recipe's defaults for `sample`; guidance only where there are classes to guide by."""
         given = self.recipe.get("sample", {})
         return {k: v for k, v in given.items() if k != "guidance" or self.conditional}
 
