@@ -8,13 +8,14 @@ Each way of translating them is held against the true drawing of the other desig
 
     identity      the picture as it is
     nearest       the training picture of the target domain nearest to it in features
+    random        any training picture of the target domain
     cyclegan      the translation
 
 by the root mean squared difference of pixels (0 to 255), the mean distance of EfficientNet-Lite0
 features, the share of pictures that are nearer to the truth in features than identity is, and, over
 all of them, FD-Lite0 and KD-Lite0 (the kernel distance, which so few pictures do not bias) to the
 target designer's test pictures. Identity is near the truth where the designers agree, and has the
-wrong style; nearest has the right style and is another emoji.
+wrong style; nearest and random have the right style and are other emoji.
 
 Networks are smaller than the recipe's and the rate is twice as high: minutes on a CPU.
 
@@ -38,6 +39,7 @@ from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.kernel import kernel_distance
 from trilemma.metrics.neighbours import nearest
+from trilemma.metrics.reference import thinned
 from trilemma.sampling import grid
 from trilemma.translation import translate
 
@@ -88,6 +90,7 @@ def measure(
         ways = {
             "identity": source,
             "nearest": known[index[:, 0]],
+            "random": known[thinned(len(known), len(source))],
             "cyclegan": translate(trained, source, direction),
         }
         real = see(truth, pooled_only=True).pooled
