@@ -3,9 +3,9 @@
 Two sets with known modes, as in Lin et al. (2018), "PacGAN: The Power of Two Samples in Generative
 Adversarial Networks", section 4; the flow is Dinh et al.'s and Kingma and Dhariwal's:
 
-- points: 25 Gaussians of deviation 0.05 at {-2, -1, 0, 1, 2}^2. A drawn point is good within three
-  deviations of a centre; a mode is recovered when a fifth of its share of 2,500 are good points
-  there. (One, as in that paper, even noise has everywhere.)
+- points: 25 Gaussians of deviation 0.05 at {-2, -1, 0, 1, 2}^2 (twice as near each other as there).
+  A drawn point is good within three deviations of a centre; a mode is recovered when a fifth of its
+  share of 2,500 are good points there. (One, as in that paper, even noise has everywhere.)
 - clothes: three pictures of Fashion-MNIST (14 pixels, in a border of 1) as the channels of one,
   10^3 modes. A classifier trained here tells the kinds; a picture is good when it is more than 90 %
   sure in all three channels, and a mode is recovered when a good picture of it is drawn.
@@ -13,9 +13,10 @@ Adversarial Networks", section 4; the flow is Dinh et al.'s and Kingma and Dhari
 All models are the package's own, and each trains for the same time; phases are taken as the
 training loop takes them, without averaged weights. The GANs share networks, batch and Adam (betas
 0.5 and 0.9; rate 1e-3 on points, 4e-4 on clothes; 1e-3 for VAE and flow); the Wasserstein critics
-take five steps for one of the generator. On clothes WGAN's weights are clipped to 0.01 and
-WGAN-GP's penalty weighs 10, as in their papers; on points 0.05 and 0.1, as in Gulrajani et al.'s
-code for this set. Beside them stand real test pictures and even noise, the most and the least.
+take five steps for one of the generator. WGAN-GP's penalty weighs 10 on clothes, as in its paper,
+and 0.1 on points, as in its authors' code for them (gan_toy.py); WGAN's weights are clipped to 0.01
+on clothes, the paper's, and to 0.05 on points. Beside them stand real test pictures and even noise,
+the most and the least.
 
     python benchmarks/claims/modes.py
 """
