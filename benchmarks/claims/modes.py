@@ -23,7 +23,6 @@ the most and the least.
 
 import statistics
 import time
-from collections.abc import Callable
 
 import common
 import numpy as np
@@ -46,9 +45,6 @@ SIDE, DEVIATION, UNIT = 5, 0.05, 2.5  # points are kept in units of UNIT: within
 SHAPE = (3, 16, 16)
 SURE = 0.9
 MODELS = ("GAN", "WGAN", "WGAN-GP", "VAE", "flow")
-
-Source = Callable[[int, torch.Generator], Tensor]
-Score = Callable[[Tensor], tuple[int, float]]
 
 
 def gan(name: str, generator: nn.Module, critic: nn.Module, clip: float, weight: float) -> GAN:
