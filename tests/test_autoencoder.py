@@ -315,3 +315,31 @@ def test_a_wrong_label_or_latent_is_told():
     model = AE(Encoder(SHAPE, 3, channels=8), Decoder(SHAPE, 3, channels=8), 3)
     with pytest.raises(ValueError, match=r"expected \(B, 3\)"):
         model.decode(torch.zeros(2, 4))
+
+
+class Identity(nn.Module):
+    """Both halves of an autoencoder that changes nothing, of 1 x 8 x 8 pictures."""
+
+    def forward(self, x, label):
+        return x.flatten(1) if x.ndim == 4 else x.view(-1, *SHAPE)
+
+
+def test_corrupted_pictures_are_to_be_restored_clean():
+    """An autoencoder that lets all noise through loses the noise's variance."""
+    data = batch(64)
+    grey = Batch(0 * data.image, data.condition, 0, data.rng)
+    for deviation in (0.0, 0.1, 0.2):
+        loss = AE(Identity(), Identity(), 64, corruption=deviation).loss(grey)["loss"].item()
+        assert loss == pytest.approx(deviation**2, rel=0.05)
+    with pytest.raises(ValueError, match="corruption is -1"):
+        AE(Identity(), Identity(), 64, corruption=-1)
+
+
+def test_corruption_is_of_the_8_bit_picture_and_its_own():
+    data = batch(8)
+    white = Batch(0 * data.image + 1, data.condition, 0, data.rng)
+    model = AE(Identity(), Identity(), 64, corruption=0.2)
+    whole = model.loss(white)["loss"].item()
+    assert whole == pytest.approx(0.2**2 / 2, rel=0.1), "what is above white is cut off"
+    parts = [model.loss(part)["loss"].item() for part in white.split(2)]
+    assert sum(parts) / 2 == pytest.approx(whole, rel=0.3)

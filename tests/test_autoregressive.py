@@ -310,6 +310,42 @@ def test_it_learns_pictures_and_their_class(kind):
     assert (drawn - image).abs().max() < 0.1
     right, wrong = (model.log_prob(image, k) for k in (label, 1 - label))
     assert (right > wrong + 3).all()
+    blank = image.clone()
+    blank[:, :, 1:] = 0
+    done = model.complete(blank, 1, Condition(8), Rng(range(8)), temperature=0.0)
+    assert (done - image).abs().max() < 0.1, "the first row tells the class"
+
+
+class Coin(torch.nn.Module):
+    """Features of the class alone, at every position."""
+
+    width = 3
+
+    def forward(self, x, place, cache=None):
+        if cache is None or not cache.length:
+            self.first = x[:, :1]
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.first.expand(-1, x.shape[1], -1)
+
+
+def test_a_class_that_is_not_said_is_drawn_as_the_known_rows_tell():
+    """Coins of three kinds: after two heads the next is a head by sum p^3 / sum p^2."""
+    model = PixelAutoregressive(PixelTokens((1, 2, 2), 2), Coin(), classes=3)
+    score = torch.tensor([-2.0, 0.0, 2.0])
+    with torch.no_grad():
+        model.start.weight.copy_(torch.eye(3))
+        model.position.weight.zero_()
+        model.head.weight.copy_(torch.stack([0 * score, score]))
+        model.head.bias.zero_()
+    count, head = 4000, score.sigmoid()
+    image = torch.ones(count, 1, 2, 2)
+    drawn = model.complete(image, 1, Condition(count), Rng(range(count)))[:, 0, 1]
+    assert abs((drawn > 0).float().mean() - (head**3).sum() / (head**2).sum()) < 0.02
+    both = (drawn > 0).all(1).float().mean()
+    assert abs(both - (head**4).sum() / (head**2).sum()) < 0.03, "one class for both"
+    told = model.complete(image, 1, Condition(count, torch.zeros(count).long()), Rng(range(count)))
+    assert abs((told[:, 0, 1] > 0).float().mean() - head[0]) < 0.02
 
 
 def test_turns_depend_on_distance_alone():

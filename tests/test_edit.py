@@ -1,4 +1,4 @@
-"""Editing in latent space: laws of the paths, and every verb over every family with latents."""
+"""Editing: laws of the paths and of denoising, and every verb over every family."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import tiny
 from trilemma import cli, data, edit, recipe, sampling, training
 from trilemma.batch import Rng
 from trilemma.codecs import Pixels
+from trilemma.conditioning import Labels
 from trilemma.diffusion.schedules import Cosine, Straight
 from trilemma.errors import UserError
-from trilemma.model import HasLatents
+from trilemma.metrics.restoration import noise_deviation
+from trilemma.model import HasCompletion, HasDenoising, HasLatents
+from trilemma.models import inversion
 from trilemma.models.diffusion import Diffusion
 
 
@@ -65,8 +68,14 @@ def trained(folder, tmp_path_factory):
     return fit
 
 
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch):
+    monkeypatch.setattr(inversion, "STARTS", 32)
+    monkeypatch.setattr(inversion, "ROUNDS", ((2, 3), (1, 5)))
+
+
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_verb_over_every_family(name, folder, trained):
+def test_every_verb_of_latents_over_every_family(name, folder, trained):
     model = trained(name)
     images = data.pictures(folder / "class0", model.data["shape"])[1][:4]
     if not isinstance(model.model, HasLatents):
@@ -84,6 +93,46 @@ def test_every_verb_over_every_family(name, folder, trained):
     assert (still.int() - ends[:2]).abs().max() <= 2
     scores, _ = edit.score(model, images)
     assert scores.shape == (len(images),) and scores.isfinite().all()
+    with pytest.raises(ValueError, match=r"latents of shape \(2, 3\) were given; expected \(B, "):
+        edit.decode(model, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_completion_over_every_family(name, folder, trained):
+    model = trained(name)
+    images = data.pictures(folder / "class0", model.data["shape"])[1][:2]
+    if not isinstance(model.model, HasCompletion):
+        with pytest.raises(UserError, match="completes no pictures; use an autoregressive"):
+            edit.complete(model, images)
+        return
+    made = edit.complete(model, images, 0.75, n=2, seed=5)
+    assert made.shape == (2, 2, *images.shape[1:]) and made.dtype == torch.uint8
+    assert torch.equal(made[..., :12, :], images[:, None, :, :12].expand(-1, 2, -1, -1, -1))
+    blank = images.clone()
+    blank[:, :, 12:] = 7
+    apart = edit.complete(model, blank[1:], 0.75, n=2, seed=7)
+    assert (apart[0].int() - made[1].int()).abs().max() <= 2, "read below, or depends on its batch"
+    for wrong, told in (
+        ({"keep": 1.0}, "keep 16 of 16 rows"),
+        ({"n": 0}, "0 completions"),
+        ({"label": "cat"}, "no class 'cat'"),
+        ({"steps": 3}, "cannot be sampled with 'steps'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            edit.complete(model, images, **wrong)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_denoising_over_every_family(name, folder, trained):
+    model = trained(name)
+    images = data.pictures(folder / "class0", model.data["shape"])[1][:2]
+    if isinstance(model.model, HasDenoising):
+        assert edit.denoise(model, images).shape == images.shape
+    elif isinstance(model.model, HasLatents) and model.recipe["about"]["family"] != "flow":
+        assert torch.equal(edit.denoise(model, images, 0.3), edit.reconstruct(model, images))
+    else:
+        with pytest.raises(UserError, match="removes no noise; use denoising-ae"):
+            edit.denoise(model, images)
 
 
 class _Gaussian(torch.nn.Module):
@@ -113,9 +162,40 @@ def test_diffusion_inverts_a_picture_into_its_noise(schedule):
     assert (model.decode(latent) - image).abs().max() < 0.02
 
 
-def test_diffusion_that_needs_a_label_says_so():
-    from trilemma.conditioning import Labels
+@pytest.mark.parametrize("schedule", [Straight(), Cosine()])
+def test_diffusion_takes_noise_away_as_the_best_estimator_does(schedule):
+    """Of N(0, s^2) under noise of deviation d: the mean s^2 / (s^2 + d^2) x."""
+    spread = 0.3
+    network = _Gaussian(spread, schedule, 1.0)
+    model = Diffusion(Pixels((1, 4, 4)), network, schedule=schedule, target="straight")
+    deviation = torch.tensor([0.0, 0.1, 0.3, 2.0])
+    noisy = 0.3 * Rng(range(4)).normal(1, 4, 4)
+    share = (spread**2 / (spread**2 + deviation**2))[:, None, None, None]
+    assert torch.allclose(model.restore(noisy, deviation), share * noisy, atol=1e-3)
 
+
+def test_the_strength_of_noise_is_measured_unless_it_is_told():
+    network = _Gaussian(0.3, Straight(), 1.0)
+    model = Diffusion(Pixels((1, 64, 64)), network, Labels(3, 8), Straight(), target="straight")
+    spec = {"train": {"precision": "fp32"}, "run": {"recipe": "gaussian"}}
+    trained = sampling.Trained(model, spec, {"shape": [1, 64, 64]}, {})
+    noisy = edit.add_noise(torch.full((2, 1, 64, 64), 128, dtype=torch.uint8), 0.3)
+    told, wrongly = (edit.denoise(trained, noisy, deviation).int() for deviation in (0.3, 0.05))
+    assert (edit.denoise(trained, noisy).int() - told).abs().max() <= 8
+    assert (wrongly - told).abs().max() > 30
+
+
+def test_added_noise_is_of_its_deviation_and_measured():
+    grey = torch.full((3, 1, 64, 64), 128, dtype=torch.uint8)
+    noisy = edit.add_noise(grey, 0.2)
+    assert abs(noisy.float().std() / 127.5 - 0.2) < 0.01
+    assert (noise_deviation(noisy) / 127.5 - 0.2).abs().max() < 0.02
+    assert torch.equal(edit.add_noise(grey[1:2], 0.2, seed=1), noisy[1:2])
+    steps = torch.arange(65).repeat(3, 2, 9, 1)  # odd sizes, and a picture that is not flat
+    assert torch.equal(noise_deviation(steps), torch.zeros(3))
+
+
+def test_diffusion_that_needs_a_label_says_so():
     network = _Gaussian(0.3, Straight(), 1.0)
     model = Diffusion(
         Pixels((1, 4, 4)), network, Labels(3, 8, dropout=0.0), Straight(), target="straight"
@@ -182,5 +262,24 @@ def test_commands(folder, trained, tmp_path, monkeypatch, capsys):
     assert len(made["images"]) == 21
     more = ["--plus", str(folder / "class1"), "--minus", str(folder / "class2")]
     assert len(call("edit", "arithmetic", run, pictures, *more, *out)["images"]) == 7
+    made = call("edit", "denoise", run, pictures, "--noise", "0.3", *out)
+    assert len(made["images"]) == 7 and 12 < made["psnr_noisy"] < 20 and made["psnr"] > 0
+    assert "psnr" not in call("edit", "denoise", run, pictures, *out)
+    pixelcnn = str(trained("pixelcnn").path)
+    more = ["--keep", "0.75", "-n", "2", "--temperature", "0.9", "--label", "class1"]
+    made = call("edit", "complete", pixelcnn, pictures, *more, *out)
+    assert len(made["images"]) == 14
+    assert Image.open(made["grid"]).size[0] == 4 * 16 + 3 * 2, "given, two, original"
+    facts = json.loads(Image.open(made["images"][0]).text["trilemma"])
+    assert facts["sample"] == {"temperature": 0.9} and facts["keep"] == 0.75
     scores = call("score", run, pictures)["scores"]
     assert [row["score"] for row in scores] == sorted((r["score"] for r in scores), reverse=True)
+
+
+def test_only_the_upper_part_can_be_kept(trained, folder, monkeypatch, capsys):
+    command = ["edit", "complete", str(trained("pixelcnn").path), str(folder), "--out", "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["trilemma", *command, "--keep", "left"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "'left' cannot be kept" in capsys.readouterr().err

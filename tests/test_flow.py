@@ -240,9 +240,9 @@ def test_the_loss_leaves_torchs_generator_alone_and_the_average_starts_right():
 
 def test_bad_input_is_told_in_a_line():
     model = make()
-    with pytest.raises(ValueError, match=r"latents are \(2, 31\).*\(count, 32\)"):
+    with pytest.raises(ValueError, match=r"latents of shape \(2, 31\).*\(B, 32\)"):
         model.decode(torch.zeros(2, 31))
-    with pytest.raises(ValueError, match=r"pictures are \(2, 8, 8\).*\(2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"pictures of shape \(1, 2, 8, 8\).*\(B, 2, 4, 4\)"):
         model.encode(torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="28x28 cannot be halved 3 times.*multiple of 8"):
         Glow((1, 28, 28), levels=3)
@@ -250,3 +250,5 @@ def test_bad_input_is_told_in_a_line():
         RealNVP((1, 30, 30))
     with pytest.raises(ValueError, match="labels from 5"):
         make(classes=3).sample(Condition(1, torch.tensor([5])), Rng([0]))
+    with pytest.raises(ValueError, match="labels from 5"):
+        make(classes=3).log_prob(pixels(1), torch.tensor([5]))

@@ -99,6 +99,15 @@ def test_init_takes_the_weights_that_fit(data, tmp_path):
     assert same(first.model.state_dict(), second.model.state_dict())
 
 
+def test_init_from_another_architecture_is_refused(data, tmp_path):
+    training.train(
+        "quick-gan", data, out=tmp_path / "gan", steps=1, quiet=True,
+        overrides=tiny.overrides("quick-gan"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="no weight of .*gan fits this recipe; --init needs a run"):
+        fit(data, tmp_path / "b", steps=1, init=tmp_path / "gan")
+
+
 def test_dropout_resumes_too(data, tmp_path):
     changes = ["model.network.dropout=0.5", "train.save_every=0"]
     whole = fit(data, tmp_path / "whole", *changes, steps=6)

@@ -32,7 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at pictures before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 edit_app = typer.Typer(
-    help="Change pictures in a model's latent space: the same verbs for every family that has one.",
+    help="Change pictures with a trained model: the same verbs for every family that can.",
     no_args_is_help=True,
 )
 app.add_typer(edit_app, name="edit")
@@ -54,6 +54,18 @@ def number(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"'{text}' is no number; write 20000, 500k or 2M")
     return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+def upper_part(text: str) -> float:
+    """Read `top`, or a share of the height such as `0.5`."""
+    try:
+        share = {"top": 0.5}.get(text) or float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"'{text}' cannot be kept: models draw row after row from the top, so what is given "
+            "must be above; write top, or a share of the height such as 0.5"
+        ) from None
+    return share
 
 
 def options(assignments: list[str]) -> dict[str, Any]:
@@ -249,9 +261,16 @@ def _read(trained: Any, source: str) -> tuple[list[str], Any]:
     return names, images
 
 
-def _wrote(paths: list[Path], as_json: bool) -> None:
+def _track(parts: Any) -> Any:
+    """Show how far the work on a sequence of batches has come, while it lasts."""
+    from rich.progress import track
+
+    return track(parts, "working", console=screen, transient=True)
+
+
+def _wrote(paths: list[Path], as_json: bool, **told: float) -> None:
     if as_json:
-        _say({"images": [str(path) for path in paths[:-1]], "grid": str(paths[-1])})
+        _say({"images": [str(path) for path in paths[:-1]], "grid": str(paths[-1]), **told})
     else:
         screen.print(f"{len(paths) - 1} pictures, all on one sheet in {paths[-1]}")
 
@@ -267,7 +286,7 @@ def edit_reconstruct(
 
     trained = sampling.load(run, device)
     names, images = _read(trained, pictures)
-    made = edit.reconstruct(trained, images)
+    made = edit.reconstruct(trained, images, _track)
     facts = {"edit": "reconstruct", "pictures": names}
     paths = edit.save(trained, made, out, facts, columns=8)
     pairs = torch.stack([images, made], 1).flatten(0, 1)
@@ -291,7 +310,7 @@ def edit_interpolate(
 
     trained = sampling.load(run, device)
     (names, images), (others, targets) = _read(trained, first), _read(trained, second)
-    made = edit.interpolate(trained, images, targets, steps, path)
+    made = edit.interpolate(trained, images, targets, steps, path, _track)
     facts = {"edit": "interpolate", "path": path, "first": names, "second": others}
     _wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=steps), as_json)
 
@@ -313,10 +332,94 @@ def edit_arithmetic(
     trained = sampling.load(run, device)
     names, images = _read(trained, pictures)
     groups = _read(trained, plus)[1], _read(trained, minus)[1]
-    made = edit.arithmetic(trained, images, *groups, strength)
+    made = edit.arithmetic(trained, images, *groups, strength, _track)
     facts: dict[str, Any] = {"edit": "arithmetic", "pictures": names, "strength": strength}
     facts |= {"plus": plus, "minus": minus}
     _wrote(edit.save(trained, made, out, facts, columns=8), as_json)
+
+
+@edit_app.command("complete")
+def edit_complete(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    keep: Annotated[
+        str, typer.Option(help="What is given: top (the upper half), or a share such as 0.3.")
+    ] = "top",
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Completions of each.")] = 4,
+    seed: Seed = 0,
+    label: Annotated[
+        str | None, typer.Option(help="A class.", show_default="as the given part tells")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1: likelier values.")] = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the rest of pictures whose upper part is given, several times each.
+
+    A row of the sheet is the given part, its completions, and the original.
+    """
+    import torch
+
+    from trilemma import edit, sampling
+
+    share = upper_part(keep)
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    chosen = {"temperature": temperature, **options(option or [])}
+    made = edit.complete(
+        trained, images, share, n, seed=seed, label=label, track=_track, **chosen
+    )
+    facts: dict[str, Any] = {"edit": "complete", "pictures": names, "keep": share, "seed": seed}
+    facts |= {"label": label, "sample": trained.options(chosen)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = images.clone()
+    given[:, :, round(share * images.shape[2]) :] = 128
+    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    _wrote(paths, as_json)
+
+
+@edit_app.command("denoise")
+def edit_denoise(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Put so much noise on the pictures first, for show: a deviation, black being -1 "
+            "and white 1.",
+            show_default="none: they are noisy",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Remove Gaussian noise. The sheet shows each picture with its noise and without."""
+    import torch
+
+    from trilemma import edit, sampling
+    from trilemma.metrics.restoration import psnr
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    noisy = images if noise is None else edit.add_noise(images, noise, seed)
+    made = edit.denoise(trained, noisy, noise, _track)
+    facts = {"edit": "denoise", "pictures": names, "noise": noise, "seed": seed}
+    paths = edit.save(trained, made, out, facts, columns=8)
+    shown = [noisy, made] if noise is None else [images, noisy, made]
+    sheet = torch.stack(shown, 1).flatten(0, 1)
+    sampling.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
+    told = {}
+    if noise is not None:
+        before, after = (float(psnr(each, images).mean()) for each in (noisy, made))
+        screen.print(f"PSNR {before:.1f} dB with the noise, {after:.1f} dB without")
+        told = {"psnr_noisy": before, "psnr": after}
+    _wrote(paths, as_json, **told)
 
 
 @app.command()
@@ -371,7 +474,7 @@ def score(
 
     trained = sampling.load(run, device)
     names, images = _read(trained, pictures)
-    scores, measure = edit.score(trained, images)
+    scores, measure = edit.score(trained, images, _track)
     rows = sorted(zip(scores.tolist(), names, strict=True), reverse=True)
     if as_json:
         listed = [{"picture": name, "score": value} for value, name in rows]

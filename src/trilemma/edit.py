@@ -1,4 +1,4 @@
-"""What a latent space is for: the same verbs for every family that has one.
+"""Changing pictures with a trained model: the same verbs for every family that can.
 
 A model that maps pictures to latents and back (`HasLatents`) can restore a picture from its latent,
 walk from one picture to another, move a picture along the difference of two groups, and tell which
@@ -13,12 +13,19 @@ Spherical: Shoemake 1985, "Animating Rotation with Quaternion Curves"; White 201
 Generative Networks", section 2.1: latents drawn from a Gaussian lie near a sphere, and the straight
 line between two of them leaves it. Arithmetic: Radford, Metz, Chintala 2015, section 6.3.2; Larsen
 et al. 2016, "Autoencoding beyond pixels using a learned similarity metric".
+
+Two verbs need no latents: an autoregressive model completes a picture of which the upper part is
+given (`HasCompletion`), and noise is removed by a diffusion model (`HasDenoising`), or by any
+autoencoder whose latents have no room for it.
+
+`track` of these functions is called with each sequence of batches that is gone through, to show
+progress: `rich.progress.track`, for example.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,28 +35,34 @@ from PIL import PngImagePlugin
 from torch import Tensor
 
 from trilemma import device
-from trilemma.batch import to_float, to_uint8
+from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
-from trilemma.model import HasLatents, HasLikelihood
+from trilemma.metrics.restoration import noise_deviation
+from trilemma.model import HasCompletion, HasDenoising, HasLatents, HasLikelihood, Model
 from trilemma.sampling import Trained, grid, to_pil
 
-BATCH = 64
+BATCH = 32
+
+Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
 
-def reconstruct(trained: Trained, images: Tensor) -> Tensor:
+def reconstruct(trained: Trained, images: Tensor, track: Track = iter) -> Tensor:
     """Return what is left of uint8 images (N, C, H, W) after encoding and decoding.
-
-    A noisy picture comes back cleaner from a model whose latents have no room for noise.
 
     Raises:
         UserError: the model has no latents, or the images are not of its shape.
     """
-    return _decode(trained, encode(trained, images))
+    return decode(trained, encode(trained, images, track), track)
 
 
 def interpolate(
-    trained: Trained, first: Tensor, second: Tensor, steps: int = 8, path: str = "spherical"
+    trained: Trained,
+    first: Tensor,
+    second: Tensor,
+    steps: int = 8,
+    path: str = "spherical",
+    track: Track = iter,
 ) -> Tensor:
     """Walk from each picture of `first` to its partner in `second`.
 
@@ -59,6 +72,7 @@ def interpolate(
         second: of the same shape.
         steps: pictures on each way, both ends included; at least 2.
         path: "spherical" or "linear".
+        track: shows progress.
 
     Returns:
         uint8 (N, steps, C, H, W).
@@ -73,14 +87,19 @@ def interpolate(
             f"{steps} steps between {len(first)} and {len(second)} pictures: expected at least 2 "
             "steps and as many pictures on one side as on the other"
         )
-    a, b = encode(trained, first), encode(trained, second)
+    a, b = encode(trained, first, track), encode(trained, second, track)
     way = [PATHS[path](a, b, i / (steps - 1)) for i in range(steps)]
-    pictures = _decode(trained, torch.stack(way, 1).flatten(0, 1))
+    pictures = decode(trained, torch.stack(way, 1).flatten(0, 1), track)
     return pictures.unflatten(0, (len(first), steps))
 
 
 def arithmetic(
-    trained: Trained, images: Tensor, plus: Tensor, minus: Tensor, strength: float = 1.0
+    trained: Trained,
+    images: Tensor,
+    plus: Tensor,
+    minus: Tensor,
+    strength: float = 1.0,
+    track: Track = iter,
 ) -> Tensor:
     """Move pictures along the difference between the mean latents of two groups.
 
@@ -90,6 +109,7 @@ def arithmetic(
         plus: uint8 (P, C, H, W), pictures that have what is to be added.
         minus: uint8 (M, C, H, W), pictures that lack it.
         strength: how much of the difference is added; negative takes it away.
+        track: shows progress.
 
     Returns:
         uint8 (N, C, H, W).
@@ -97,11 +117,116 @@ def arithmetic(
     Raises:
         UserError: as `reconstruct`.
     """
-    direction = encode(trained, plus).mean(0) - encode(trained, minus).mean(0)
-    return _decode(trained, encode(trained, images) + strength * direction)
+    direction = encode(trained, plus, track).mean(0) - encode(trained, minus, track).mean(0)
+    return decode(trained, encode(trained, images, track) + strength * direction, track)
 
 
-def score(trained: Trained, images: Tensor) -> tuple[Tensor, str]:
+def complete(
+    trained: Trained,
+    images: Tensor,
+    keep: float = 0.5,
+    n: int = 4,
+    *,
+    seed: int = 0,
+    label: str | int | None = None,
+    track: Track = iter,
+    **options: Any,
+) -> Tensor:
+    """Keep the upper part of pictures and draw the rest anew.
+
+    Args:
+        trained: a model that draws pictures from the top, an autoregressive one.
+        images: uint8 (N, C, H, W).
+        keep: the share of their height that is kept.
+        n: completions of each picture; number j of picture i has the stream seed + i n + j.
+        seed: of all that is drawn.
+        label: the class of all pictures; None lets the kept part tell, where there are classes.
+        track: shows progress.
+        **options: of the family's `sample`.
+
+    Returns:
+        uint8 (N, n, C, H, W).
+
+    Raises:
+        UserError: the model completes no pictures; an unknown class or option; the images are not
+            of its shape; no row or every row would be kept, or n is below 1.
+    """
+    model = trained.model
+    if not isinstance(model, HasCompletion):
+        raise UserError(
+            f"{trained.name} is a {type(model).__name__}, which completes no pictures; "
+            "use an autoregressive model, such as pixelcnn"
+        )
+    chosen, height = trained.options(options), trained.data["shape"][1]
+    rows = round(keep * height)
+    if n < 1 or not 0 < rows < height:
+        raise UserError(
+            f"{n} completions that keep {rows} of {height} rows were asked for; expected at least "
+            f"1 completion, and 1 to {height - 1} rows"
+        )
+    known = None if label is None else trained.labels(1, label)
+    made, start = [], seed
+    with _inference(trained) as where:
+        for part in track(_batches(trained, images.repeat_interleave(n, dim=0))):
+            labels = None if known is None else known.expand(len(part)).to(where)
+            rng = Rng(range(start, start + len(part)), where)
+            condition = Condition(len(part), labels)
+            drawn = model.complete(to_float(part).to(where), rows, condition, rng, **chosen)
+            made.append(to_uint8(drawn).cpu())
+            start += len(part)
+    return torch.cat(made).unflatten(0, (len(images), n))
+
+
+def denoise(
+    trained: Trained, images: Tensor, deviation: float | None = None, track: Track = iter
+) -> Tensor:
+    """Remove Gaussian noise from pictures.
+
+    Args:
+        trained: a diffusion model, or one whose latents have no room for noise; best an autoencoder
+            that was trained on noisy pictures, `denoising-ae`.
+        images: uint8 (N, C, H, W).
+        deviation: of the noise, on the scale of [-1, 1]; None estimates each picture's. Models with
+            latents do not ask.
+        track: shows progress.
+
+    Returns:
+        uint8 (N, C, H, W).
+
+    Raises:
+        UserError: the model removes no noise, or the images are not of its shape.
+    """
+    model = trained.model
+    if not isinstance(model, HasDenoising):
+        if not isinstance(model, HasLatents) or _exact(model):
+            raise UserError(
+                f"{trained.name} is a {type(model).__name__}, which removes no noise; "
+                "use denoising-ae, another autoencoder or a diffusion model"
+            )
+        return reconstruct(trained, images, track)
+    made = []
+    with _inference(trained) as where:
+        for part in track(_batches(trained, images)):
+            noisy = to_float(part).to(where)
+            level = noise_deviation(noisy)
+            if deviation is not None:
+                level = torch.full_like(level, deviation)
+            made.append(to_uint8(model.restore(noisy, level)).cpu())
+    return torch.cat(made)
+
+
+def add_noise(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    """Return uint8 images (N, C, H, W) with Gaussian noise, clipped to 0 to 255.
+
+    The deviation is on the scale of [-1, 1]; image i has the stream seed + i.
+    """
+    noise = Rng(range(seed, seed + len(images))).normal(*images.shape[1:])
+    return to_uint8(to_float(images) + deviation * noise)
+
+
+def score(
+    trained: Trained, images: Tensor, track: Track = iter
+) -> tuple[Tensor, str]:
     """Return how strange each picture is to the model (N,), higher is stranger, and by what.
 
     By what the latents lose of it, the root of the mean squared error on the scale of 0 to 255,
@@ -113,9 +238,8 @@ def score(trained: Trained, images: Tensor) -> tuple[Tensor, str]:
         UserError: the model has neither, or the images are not of its shape.
     """
     model = trained.model
-    exact = isinstance(model, HasLikelihood) and not model.bound
-    if isinstance(model, HasLatents) and not exact:
-        lost = reconstruct(trained, images).float() - images.float()
+    if isinstance(model, HasLatents) and not _exact(model):
+        lost = reconstruct(trained, images, track).float() - images.float()
         return lost.square().flatten(1).mean(1).sqrt(), "reconstruction error (0-255)"
     if not isinstance(model, HasLikelihood):
         raise UserError(
@@ -128,12 +252,25 @@ def score(trained: Trained, images: Tensor) -> tuple[Tensor, str]:
     return bits.float(), "likelihood (bits/dimension)"
 
 
-def encode(trained: Trained, images: Tensor) -> Tensor:
+def encode(trained: Trained, images: Tensor, track: Track = iter) -> Tensor:
     """Return the latents (N, ...) of uint8 images (N, C, H, W); errors as `reconstruct`."""
     model = _latents(trained)
     with _inference(trained) as where:
-        parts = [model.encode(part).float() for part in _floats(trained, images, where)]
-    return torch.cat(parts)
+        parts = track(_batches(trained, images))
+        return torch.cat([model.encode(to_float(part).to(where)).float() for part in parts])
+
+
+def decode(trained: Trained, latents: Tensor, track: Track = iter) -> Tensor:
+    """Return the uint8 images (N, C, H, W) of latents (N, ...).
+
+    Raises:
+        UserError: the model has no latents.
+        ValueError: latents of another shape.
+    """
+    model = _latents(trained)
+    with _inference(trained) as where:
+        parts = track(latents.split(BATCH))
+        return torch.cat([to_uint8(model.decode(part.to(where))).cpu() for part in parts])
 
 
 def save(
@@ -188,22 +325,20 @@ def _latents(trained: Trained) -> HasLatents:
     if not isinstance(trained.model, HasLatents):
         raise UserError(
             f"{trained.name} is a {type(trained.model).__name__}, which has no latents to edit; "
-            "use a vae, a flow or a diffusion model"
+            "use an autoencoder, a GAN, a flow or a diffusion model"
         )
     return trained.model
 
 
-def _decode(trained: Trained, latents: Tensor) -> Tensor:
-    model = _latents(trained)
-    with _inference(trained):
-        return torch.cat([to_uint8(model.decode(part)).cpu() for part in latents.split(BATCH)])
+def _exact(model: Model) -> bool:
+    """Whether the model tells exact likelihoods: if it has latents too, they lose nothing."""
+    return isinstance(model, HasLikelihood) and not model.bound
 
 
-def _floats(trained: Trained, images: Tensor, where: torch.device) -> Iterator[Tensor]:
-    """Yield uint8 images as float batches on `where`."""
+def _batches(trained: Trained, images: Tensor) -> Sequence[Tensor]:
+    """Cut uint8 images into batches."""
     _check(trained, images)
-    for part in images.split(BATCH):
-        yield to_float(part).to(where)
+    return images.split(BATCH)
 
 
 def _check(trained: Trained, images: Tensor) -> None:

@@ -87,6 +87,30 @@ class HasLatents(Protocol):
         ...
 
 
+@runtime_checkable
+class HasCompletion(Protocol):
+    """Draws the rest of a picture of which a part is given."""
+
+    def complete(
+        self, image: Tensor, known_rows: int, condition: Condition, rng: Rng, **options: Any
+    ) -> Tensor:
+        """Keep the first rows of images (B, C, H, W) in [-1, 1] as they are and draw the rest.
+
+        What is below them in `image` is not read. Without a label, a model that knows classes draws
+        one for each image, as the known rows tell.
+        """
+        ...
+
+
+@runtime_checkable
+class HasDenoising(Protocol):
+    """Knows what pictures lie behind noise of any strength."""
+
+    def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
+        """Take Gaussian noise of deviations (B,) from images (B, C, H, W); into [-1, 1]."""
+        ...
+
+
 class Frozen(nn.Module):
     """Holds a trained module that another model uses but never trains.
 

@@ -3,7 +3,9 @@
 AE: Hinton, Salakhutdinov (2006), "Reducing the Dimensionality of Data with Neural Networks". An
 encoder and a decoder that minimise the squared error of decode(encode(x)). It is no generator by
 itself; a Gaussian fitted to its latents makes it one (Ghosh et al. 2020, "From Variational to
-Deterministic Autoencoders", section 4).
+Deterministic Autoencoders", section 4). Shown pictures under noise that it must leave out, it
+learns to take noise from pictures: Vincent, Larochelle, Bengio, Manzagol (2008), "Extracting and
+Composing Robust Features with Denoising Autoencoders", section 2.3, here with Gaussian noise.
 
 VAE: Kingma, Welling (2013), "Auto-Encoding Variational Bayes". z ~ N(0, I), x ~ p(x | z), and the
 encoder is a Gaussian q(z | x) = N(mu, diag s^2), trained to maximise the bound (equation 3)
@@ -68,14 +70,23 @@ class AE(Model):
         decoder: maps latents and labels to images.
         latent: D.
         halflife: of the running moments, in images.
+        corruption: deviation of the noise on the pictures it is shown in training, on the scale of
+            [-1, 1], where noisy pictures are kept as in a file of 8 bits.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, latent: int, halflife: float = 10_000
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent: int,
+        halflife: float = 10_000,
+        corruption: float = 0.0,
     ) -> None:
         super().__init__()
+        if corruption < 0:
+            raise ValueError(f"corruption is {corruption}: expected a deviation, 0 for none")
         self.encoder, self.decoder, self.halflife = encoder, decoder, halflife
-        self.latent = latent
+        self.latent, self.corruption = latent, corruption
         self.first_moment: Tensor
         self.second_moment: Tensor
         self.weight: Tensor
@@ -88,8 +99,11 @@ class AE(Model):
         return [Phase("autoencoder", self.loss, [self.encoder, self.decoder])]
 
     def loss(self, batch: Batch) -> Losses:
-        """Squared error of the reconstruction, a mean over pixels."""
-        latent = self.encode(batch.image)
+        """Squared error of the restored picture, a mean over pixels."""
+        image = batch.image
+        if self.corruption:
+            image = (image + self.corruption * batch.rng.normal(*image.shape[1:])).clamp(-1, 1)
+        latent = self.encode(image)
         self._remember(latent.detach())
         return {"loss": F.mse_loss(self.decoder(latent, latent[:, :0]), batch.image)}
 

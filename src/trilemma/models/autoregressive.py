@@ -184,6 +184,7 @@ class PixelCNN(Model):
             rng: one stream per image.
             temperature: below 1, likelier pixels; at 0 the middle of the likeliest component.
         """
+        one_hot(condition.label, self.classes, condition.count, rng.device)  # is it a class?
         blank = torch.zeros(condition.count, *self.shape, device=rng.device)
         return self.complete(blank, 0, condition, rng, temperature=temperature)
 
@@ -199,16 +200,27 @@ class PixelCNN(Model):
     ) -> Tensor:
         """Keep the first rows of images (B, C, H, W) as they are and draw the rest.
 
+        Without a label, where the model knows classes, each image's is drawn by p(y | known rows).
+
         Raises:
             ValueError: the images' shape, the rows or the temperature cannot be.
         """
         check_shape("pictures", image, *self.shape)
         _check_options(known_rows, self.shape, temperature)
         channels, height, width = self.shape
-        label = one_hot(condition.label, self.classes, len(image), image.device)
         uniform = rng.uniform(height, width, 1 + channels)
         image, memory = image.clone(), Memory(row=known_rows)
         with _float32(image.device):
+            drawn = condition.label
+            if drawn is None and self.classes:
+                levels = to_float(to_uint8(image))
+
+                def known(label: Tensor) -> Tensor:
+                    nats = self.mixture(levels, label).log_prob(levels)
+                    return nats[:, :known_rows].flatten(1).sum(1)
+
+                drawn = draw(_by_class(known, self.classes, image), rng.uniform(), temperature)
+            label = one_hot(drawn, self.classes, len(image), image.device)
             for row in range(known_rows, height):
                 for column in range(width):
                     at = slice(row, row + 1), slice(column, column + 1)
@@ -286,6 +298,7 @@ class Autoregressive(Model):
             temperature: below 1, likelier tokens; at 0 the likeliest.
             top_k: draw among so many likeliest tokens; None for all.
         """
+        one_hot(condition.label, self.classes, condition.count, rng.device)  # is it a class?
         blank = torch.zeros(condition.count, *self.codec.shape, device=rng.device)
         return self.complete(blank, 0, condition, rng, temperature=temperature, top_k=top_k)
 
@@ -303,7 +316,8 @@ class Autoregressive(Model):
         """Keep the first rows of images (B, C, H, W) as they are and draw the rest.
 
         Rows of tokens that lie wholly within the known rows are kept too; what is below them in
-        `image` is not read.
+        `image` is not read. Without a label, where the model knows classes, each image's is drawn
+        by p(y | known tokens).
 
         Raises:
             ValueError: the images' shape, the rows, temperature or top_k cannot be.
@@ -311,7 +325,6 @@ class Autoregressive(Model):
         codec, length = self.codec, self.codec.length
         codec.check(image)
         _check_options(known_rows, codec.shape, temperature, top_k)
-        label = one_hot(condition.label, self.classes, len(image), image.device)
         uniform = rng.uniform(length)
         cache = Cache(length)
         with _float32(image.device):
@@ -323,12 +336,21 @@ class Autoregressive(Model):
                 given = codec.encode(torch.cat([image[:, :, :known_rows], below], dim=2))
                 known = known_rows * codec.grid[0] // codec.shape[1] * (length // codec.grid[0])
                 tokens[:, :known] = given[:, :known]
+            drawn = condition.label
+            if drawn is None and self.classes:
+                by_class = _by_class(
+                    lambda label: -self.surprise(tokens, label)[:, :known].sum(1),
+                    self.classes,
+                    image,
+                )
+                drawn = draw(by_class, rng.uniform(), temperature)
+            label = one_hot(drawn, self.classes, len(image), image.device)
             for i in range(known, length):
                 logits = self.logits(tokens[:, :i], label, cache)[:, -1]
                 tokens[:, i] = draw(logits, uniform[:, i], temperature, top_k)
-            drawn = codec.decode(tokens)
-        drawn[:, :, :known_rows] = image[:, :, :known_rows]
-        return drawn
+            whole = codec.decode(tokens)
+        whole[:, :, :known_rows] = image[:, :, :known_rows]
+        return whole
 
 
 class PixelAutoregressive(Autoregressive):
@@ -370,9 +392,14 @@ def _over_classes(
     """Return log p(image | label), or without a label log of its mean over all classes."""
     if label is not None or not classes:
         return conditional(image, one_hot(label, classes, len(image), image.device))
+    each = _by_class(lambda row: conditional(image, row), classes, image)
+    return each.logsumexp(1) - math.log(classes)
+
+
+def _by_class(conditional: Callable[[Tensor], Tensor], classes: int, image: Tensor) -> Tensor:
+    """Return conditional(label) (B,) under each class in turn, for all images: (B, K)."""
     rows = torch.eye(classes, device=image.device)
-    each = [conditional(image, row.expand(len(image), -1)) for row in rows]
-    return torch.stack(each).logsumexp(0) - math.log(classes)
+    return torch.stack([conditional(row.expand(len(image), -1)) for row in rows], dim=1)
 
 
 def _float32(where: torch.device) -> torch.autocast:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng, dequantise
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.coupling import MultiScale
-from trilemma.networks.layers import one_hot
+from trilemma.networks.layers import check_shape, one_hot
 
 LEVELS = 256
 
@@ -64,7 +64,7 @@ class Flow(Model):
     def loss(self, batch: Batch) -> Losses:
         """Bits per dimension of the dequantised pictures, of their class where there are any."""
         image = dequantise(batch.image, batch.rng.uniform(*batch.image.shape[1:]))
-        if self.classes:  # says so if a label is missing or wrong
+        if self.classes:  # says so if a label is missing
             one_hot(batch.condition.label, self.classes, len(batch), image.device)
         nats = self.log_prob(image, batch.condition.label if self.classes else None).mean()
         return {"loss": math.log2(LEVELS / 2) - nats / (self.dims * math.log(2))}
@@ -75,7 +75,12 @@ class Flow(Model):
         Args:
             image: (B, C, H, W).
             label: (B,); None for a mixture of all classes in equal parts.
+
+        Raises:
+            ValueError: a label that is none of the classes, or pictures of another shape.
         """
+        if label is not None and self.classes:  # says so if it is none of them
+            one_hot(label, self.classes, len(image), image.device)
         latent, log_det = self._forward(image)
         quiet = -0.5 * math.log(2 * math.pi) * self.dims
         if self.prior is None:
@@ -89,11 +94,7 @@ class Flow(Model):
         return quiet + chosen - 0.5 * rest.square().sum(1) + log_det
 
     def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        if tuple(image.shape[1:]) != self.network.shape:
-            raise ValueError(
-                f"the pictures are {tuple(image.shape[1:])}; this flow was built for "
-                f"{self.network.shape}"
-            )
+        check_shape("pictures", image, *self.network.shape)
         return self.network.encode(image)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -106,10 +107,7 @@ class Flow(Model):
         Raises:
             ValueError: the latents are of another shape.
         """
-        if latent.ndim != 2 or latent.shape[1] != self.dims:
-            raise ValueError(
-                f"the latents are {tuple(latent.shape)}; this flow's are (count, {self.dims})"
-            )
+        check_shape("latents", latent, self.dims)
         # From [-1, 1] in 256 cells to 256 levels from -1 to 1: each cell's middle to its level.
         return (self.network(latent) * (LEVELS / (LEVELS - 1))).clamp(-1, 1)
 

@@ -44,6 +44,8 @@ section 3): D sees all images with Gaussian noise, whose deviation falls from `n
 
 Conditional GANs: Mirza, Osindero (2014), "Conditional Generative Adversarial Nets". Both networks
 read a label vector beside their input: one-hot classes or, where the data have none, attributes.
+
+From a picture back to a latent the way is a search: models/inversion.py.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
+from trilemma.models.inversion import invert, split
 from trilemma.networks.augment import DRAWN, augment
 from trilemma.networks.layers import one_hot
 
@@ -275,3 +278,16 @@ class GAN(Model):
         label = self._label(condition, rng.device)
         latent = temperature * rng.normal(self.latent)
         return self.generator(latent, label).float().clamp(-1, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Search for the latents, followed by label vectors, (B, D + K) of images (B, C, H, W)."""
+        return invert(self.generator, image, self.latent, self.classes, self.attributes)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map latents followed by label vectors (B, D + K) to images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        parts = split(latent, self.latent, self.classes, self.attributes)
+        return self.generator(*parts).float().clamp(-1, 1)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
 from trilemma.models.gan import gradient_penalty
+from trilemma.models.inversion import invert, split
 from trilemma.networks.layers import one_hot
 from trilemma.networks.progan import enlarge
 
@@ -156,12 +157,28 @@ class ProGAN(Model):
             condition: its label, where the model knows classes.
             rng: one stream per image.
         """
-        stage, alpha = self.growth(int(self.seen))
         label = self._label(condition, rng.device)
-        image = self.generator(rng.normal(self.latent), label, stage, alpha)
+        return self._draw(rng.normal(self.latent), label).clamp(-1, 1)
+
+    def _draw(self, latent: Tensor, label: Tensor) -> Tensor:
+        """Map latents (B, D) and labels (B, K) to images (B, C, H, W), not clipped."""
+        stage, alpha = self.growth(int(self.seen))
+        image = self.generator(latent, label, stage, alpha)
         image = enlarge(image, 2 ** (len(self.sizes) - 1 - stage))
         _, height, width = self.shape
-        return image[:, :, :height, :width].clamp(-1, 1)
+        return image[:, :, :height, :width]
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Search for the latents, followed by labels, (B, D + K) of images (B, C, H, W)."""
+        return invert(self._draw, image, self.latent, self.classes)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map latents followed by labels (B, D + K) to images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        return self._draw(*split(latent, self.latent, self.classes)).clamp(-1, 1)
 
     def _label(self, condition: Condition, device: torch.device) -> Tensor:
         return one_hot(condition.label, self.classes, condition.count, device)
