@@ -222,7 +222,7 @@ def _steps(
     mark = time.perf_counter()
     while done < 1.0:
         batch = next(stream).to(run.where)
-        torch.manual_seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF)  # dropout
+        device.seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF, run.where)  # dropout
         told: dict[str, Tensor] = {}
         trouble = None
         for phase in run.phases:
