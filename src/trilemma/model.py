@@ -69,8 +69,11 @@ class HasLikelihood(Protocol):
     discrete: bool
     bound: bool
 
-    def log_prob(self, image: Tensor) -> Tensor:
-        """Return (B,) nats of images (B, C, H, W); over equally frequent classes if it has any."""
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (B,) nats of images (B, C, H, W), of a model with classes given labels (B,).
+
+        Without labels over equally frequent classes, which may take a pass for each of them.
+        """
         ...
 
 

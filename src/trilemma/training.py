@@ -105,7 +105,9 @@ def train(
             "on; expected a folder with the folders trainA and trainB, pictures in both"
         )
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
-    spec = recipe.resolve(spec, facts(data))
+    begun = out / "recipe.toml"
+    before = recipe.load(begun) if resume and begun.exists() else None
+    spec = recipe.resolve(spec, facts(data), before)
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
     try:
         settings = Settings(**spec.get("train", {}))
@@ -127,7 +129,8 @@ def train(
     model: Model = recipe.build(spec["model"])
     if init is not None:
         start_from(model, sampling.load(init, "cpu").model, str(init))
-    load_frozen(model)
+    if not resume:
+        load_frozen(model)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -219,7 +222,7 @@ def _steps(
     mark = time.perf_counter()
     while done < 1.0:
         batch = next(stream).to(run.where)
-        torch.manual_seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF)  # dropout
+        device.seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF, run.where)  # dropout
         told: dict[str, Tensor] = {}
         trouble = None
         for phase in run.phases:
