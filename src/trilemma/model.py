@@ -29,6 +29,7 @@ class Phase:
         loss: the objective on a batch, a mean over its images.
         modules: these learn in this phase, all others hold still.
         every: taken at every n-th step.
+        start: first taken when so many training images have been seen.
         after: called after the optimizer has moved (WGAN's weight clipping, a codebook's update).
     """
 
@@ -36,6 +37,7 @@ class Phase:
     loss: Callable[[Batch], Losses]
     modules: Sequence[nn.Module]
     every: int = 1
+    start: int = 0
     after: Callable[[], None] | None = None
 
 

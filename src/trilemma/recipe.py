@@ -175,7 +175,7 @@ def build(spec: Any) -> Any:
     arguments = {key: build(value) for key, value in spec.items() if key != "type"}
     if "type" not in spec:
         return arguments
-    cls = _class(spec["type"])
+    cls = lookup(spec["type"])
     check_arguments(cls, arguments, spec["type"])
     try:
         return cls(**arguments)
@@ -183,7 +183,12 @@ def build(spec: Any) -> Any:
         raise UserError(f"{spec['type']}: {error}") from error
 
 
-def _class(path: str) -> type:
+def lookup(path: str) -> type:
+    """Return the class that a recipe's `type` names.
+
+    Raises:
+        UserError: it is none of those of this package that can be built.
+    """
     module_name, _, class_name = path.rpartition(".")
     where = f"a path inside {', '.join(BUILDABLE)}, such as networks.unet.UNet"
     if module_name.split(".")[0] not in BUILDABLE:
