@@ -35,7 +35,7 @@ something, the share of real pictures scored above drawn ones, which may be high
 the mean scores of both as `real` and `fake`."""
 
 CERTAIN, WINDOW = 0.98, 10  # a critic above the first in so many log lines in a row saturates
-RUNAWAY = 3.0  # or runs away, when its lead in the second half of them is so many times the first's
+RUNAWAY = 4.0  # or runs away, when its lead in the second half of them is so many times the first's
 FALLEN, LEAST = 0.6, 0.1  # coverage below the first share of its best, if that is above the second
 BARREN = 10  # looks at coverage, all below LEAST, after which a generator counts as not begun
 PICTURES, BATCH = 256, 64
