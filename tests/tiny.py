@@ -20,7 +20,6 @@ SMALL: dict[str, dict] = {
     "networks.patchgan.Critic": {"channels": 4},
     "networks.coupling.Glow": {"steps": 2, "channels": 8},
     "networks.coupling.RealNVP": {"couplings": 2, "channels": 8, "blocks": 1},
-    "networks.residual.Generator": {"channels": 4},
     "networks.residual.Critic": {"channels": 4},
     "networks.progan.Generator": {"channels": 4},
     "networks.progan.Critic": {"channels": 4},
