@@ -7,9 +7,10 @@ float32, Adam 1e-3, batch 128. Ours is the packaged recipe at its defaults, by `
 
 Both sides train for the same wall-clock time on all cores, one after the other in one process, on
 the same pictures; probes and setting up are not training time. Each then draws as many pictures of
-every class with the same number of network calls (theirs by DDIM), which EfficientNet-Lite0
-compares with the test pictures: the Fréchet distance to all of them, recall (k = 3) and coverage
-(k = 5) to as many as were drawn. Last, the sides take turns at drawing, for the speed.
+every class with the same number of network calls a picture: theirs by DDIM, ours by the recipe's
+solver and guidance, which takes two calls a step. EfficientNet-Lite0 compares them with the test
+pictures: the Fréchet distance to all of them, recall (k = 3) and coverage (k = 5) to as many as
+were drawn. Last, the sides take turns at drawing, for the speed.
 
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/quality_equal_time.py --minutes 10
@@ -152,10 +153,14 @@ def main() -> None:
     floor = judge(torch.tensor(np.asarray(train.images[:n])))
     tell("real pictures", floor)
 
+    def draw(trained: Trained, n: int) -> Tensor:
+        guided = trained.options({})["guidance"] != 1
+        return trained.sample(n, steps=calls // 2 if guided else calls)
+
     trace: list[tuple[float, dict[str, float]]] = []
 
     def probe(trained: Trained, elapsed: float) -> dict[str, float]:
-        trace.append((elapsed, judge(trained.sample(n, steps=calls))))
+        trace.append((elapsed, judge(draw(trained, n))))
         tell(f"ours after {elapsed:.0f} s", trace[-1][1])
         return trace[-1][1]
 
@@ -170,7 +175,7 @@ def main() -> None:
             probes=options.probes,
             quiet=True,
         )
-    drawn_ours = ours.sample(n, steps=calls)
+    drawn_ours = draw(ours, n)
     final = judge(drawn_ours)
     tell(f"ours at the end, {ours.progress['seen']} images", final)
 
@@ -182,7 +187,7 @@ def main() -> None:
     rate_ours = ours.progress["seen"] / ours.progress["elapsed"]
     speed_ours, speed_theirs = speeds(
         [
-            lambda n: ours.sample(n, steps=calls),
+            lambda n: draw(ours, n),
             lambda n: draw_theirs(net, train, n, calls),
         ],
         options.speed_n,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from trilemma.batch import Rng
 from trilemma.codecs import PixelTokens
-from trilemma.models.autoregressive import PixelAutoregressive, draw
+from trilemma.models.autoregressive import PixelAutoregressive
+from trilemma.models.mixture import draw
 from trilemma.networks.transformer import Cache, CausalTransformer
 
 PARTS = 8  # of the sequence, whose costs are compared

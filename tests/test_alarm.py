@@ -48,9 +48,43 @@ def test_a_critic_that_doubts_now_and_then_is_not_told(ears):
     assert not any(hear(ears, "critic/correct", ([1.0] * 8 + [0.9]) * 5))
 
 
-def test_being_ahead_is_no_fault(ears):
-    assert not any(hear(ears, "critic/ahead", [1.0] * 30))
+def lead(ears, leads, ahead=1.0):
+    """Let a critic with relative scores be ahead by `leads`, in successive lines of the log."""
+    lines = [{"critic/ahead": ahead, "critic/real": v / 2, "critic/fake": -v / 2} for v in leads]
+    return [ears.hear({"step": i, **line}) for i, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize(
+    "leads",
+    [
+        [5.0] * 30,
+        [50 / (1 + i) for i in range(30)],  # Wasserstein's, as the pictures come nearer
+        [8 * (1 - 0.6**i) for i in range(1, 30)],  # its first steps
+        [1.0] * 10 + [2.0] * 20,
+        [4.0, 0.5] * 15,
+    ],
+)
+def test_being_ahead_is_no_fault(ears, leads):
+    assert not any(lead(ears, leads))
     assert ears.adversarial
+
+
+@pytest.mark.parametrize(
+    "leads",
+    [
+        [1.1**i for i in range(5)] + [1.5**i for i in range(25)],
+        [0.01 * i**3 for i in range(1, 30)],  # three layers whose weights grow evenly
+        [0.2] * 10 + [40.0] * 20,
+    ],
+)
+def test_a_critic_that_runs_away_is_told_once(ears, leads):
+    said = [message for messages in lead(ears, leads) for message in messages]
+    assert len(said) == 1
+    assert "runs away" in said[0] and "train.phases.critic.lr" in said[0]
+
+
+def test_a_lead_that_grows_without_certainty_is_no_runaway(ears):
+    assert not any(lead(ears, [1.5**i for i in range(30)], ahead=0.9))
 
 
 def test_other_losses_are_not_watched(ears):
@@ -68,14 +102,27 @@ def test_noise_near_nothing_is_no_fall(ears):
     assert not any(watch(ears, [0.05, 0.0, 0.06, 0.01]))
 
 
+def test_a_generator_that_never_begins_is_told_once(ears):
+    said = watch(ears, [0.0, 0.02] * alarm.BARREN)
+    assert [i for i, messages in enumerate(said) if messages] == [alarm.BARREN - 1]
+    assert "not begun" in said[alarm.BARREN - 1][0] and "quick-gan" in said[alarm.BARREN - 1][0]
+
+
+def test_a_late_beginning_is_a_beginning(ears):
+    assert not any(watch(ears, [0.0] * (alarm.BARREN - 1) + [0.11, 0.09, 0.08, 0.1]))
+
+
 def test_a_resumed_run_has_not_forgotten(tmp_path):
     path = tmp_path / "log.jsonl"
     heard = [{"step": 0, "watch": {"coverage": 0.8}}]
     heard += [{"step": i, "critic/correct": 1.0} for i in range(alarm.WINDOW - 1)]
+    relative = {"other/ahead": 1.0, "other/fake": 0.0}
+    heard += [{"step": i, **relative, "other/real": 2.0**i} for i in range(alarm.WINDOW - 1)]
     path.write_text("".join(json.dumps(line) + "\n" for line in heard))
     ears = Alarm(path)
     assert ears.adversarial
     assert ears.hear({"step": 9, "critic/correct": 1.0})
+    assert ears.hear({"step": 9, **relative, "other/real": 2.0**9})
     assert ears.hear({"step": 9, "watch": {"coverage": 0.4}})
     assert not ears.hear({"step": 10, "watch": {"coverage": 0.4}})
 
@@ -117,6 +164,26 @@ def test_a_run_whose_critic_saturates_is_told(data, tmp_path, capsys):
     told = "".join(capsys.readouterr().err.split())
     assert told.count("thegeneratorcanlearnlittle") == 1
     assert "train.phases.critic.lr" in told
+
+
+def test_a_run_whose_critic_runs_away_is_told(data, tmp_path, capsys):
+    """Wasserstein's game without anything that bounds the critic's slope."""
+    changes = ["model.game=wasserstein", "model.penalty=none", "train.warmup=0"]
+    changes += ["train.optimizer.lr=0.003", "train.phases.generator.lr=1e-9", "train.log_every=2"]
+    out = tmp_path / "run"
+    training.train("quick-gan", data, out=out, steps=80, overrides=[*SMALL, *changes])
+    told = "".join(capsys.readouterr().err.split())
+    assert told.count("itrunsaway") == 1
+
+
+def test_a_run_that_never_begins_is_told(data, tmp_path, capsys):
+    """A relativistic critic at a large rate, and a generator that hardly learns."""
+    changes = ["model.game=relativistic", "train.phases.generator.lr=1e-9", "train.log_every=5"]
+    out = tmp_path / "run"
+    training.train("quick-gan", data, out=out, steps=40, overrides=[*SMALL, *changes])
+    told = "".join(capsys.readouterr().err.split())
+    found = [line["watch"]["coverage"] for line in lines(out) if "watch" in line]
+    assert told.count("hasnotbegun") == 1, found
 
 
 def test_a_run_that_collapses_is_told(data, tmp_path, capsys):

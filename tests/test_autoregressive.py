@@ -9,13 +9,8 @@ import torch
 from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
 from trilemma.codecs import CodeTokens, PixelTokens
 from trilemma.model import Frozen
-from trilemma.models.autoregressive import (
-    Autoregressive,
-    LogisticMixture,
-    PixelAutoregressive,
-    PixelCNN,
-    draw,
-)
+from trilemma.models.autoregressive import Autoregressive, PixelAutoregressive, PixelCNN
+from trilemma.models.mixture import LogisticMixture, draw
 from trilemma.networks.layers import one_hot
 from trilemma.networks.pixelcnn import Memory
 from trilemma.networks.pixelcnn import PixelCNN as PixelNetwork

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import recipe, sampling, training
+from trilemma import comparison, edit, recipe, sampling, training
 from trilemma.data import batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -20,7 +20,8 @@ from trilemma.translation import translate
 from trilemma.upscale import enlarge
 
 RECIPES = recipe.names()
-DRAWING = [name for name in RECIPES if not tiny.translates(name) and not tiny.enlarges(name)]
+OTHERS = (tiny.translates, tiny.enlarges, tiny.restores)
+DRAWING = [name for name in RECIPES if not any(other(name) for other in OTHERS)]
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +192,24 @@ def test_enlargements(name, data, tmp_path):
     assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
     with pytest.raises(UserError, match="trilemma upscale"):
         trained.sample(1)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.restores(name)])
+def test_restorations(name, data, tmp_path):
+    changes = [*tiny.overrides(name), "train.grids=1"]
+    trained = fit(name, data, tmp_path / "run", steps=2, overrides=changes)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
+    source = data.tensor(slice(6))
+    images = edit.reconstruct(trained, source)
+    assert images.shape == (6, *data.shape) and images.dtype == torch.uint8
+    loaded = sampling.load(tmp_path / "run")
+    assert torch.equal(edit.reconstruct(loaded, source), images), "a reloaded model differs"
+    apart = torch.cat([edit.reconstruct(trained, part) for part in source.split(2)]).int()
+    assert (apart - images.int()).abs().max() <= 2, "a picture depends on its batch"
+    with pytest.raises(UserError, match="draws no pictures.*trilemma edit reconstruct"):
+        trained.sample(1)
+    with pytest.raises(UserError, match="restores pictures and draws none"):
+        comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 
 import pictures
 from trilemma import data
+from trilemma.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,46 @@ def test_attributes_are_counted(tmp_path):
     report = data.check(root)
     assert report["attributes"] == {"hat": 2, "tall": 4}
     assert report["layout"] == "attributes (metadata.jsonl)"
+
+
+def test_unpaired_domains(tmp_path):
+    root = pictures.translation(tmp_path / "p")
+    report = data.check(root)
+    assert report["layout"] == "translation (trainA to trainB, unpaired)"
+    assert report["source_splits"] == {"train": 6, "valid": 0, "test": 2}
+    assert any("only 6 pictures of one domain" in line for line in report["warnings"])
+    assert report["advice"][0].endswith(f"trilemma train cyclegan --data {root}")
+    text = data.describe(report)
+    assert "8 usable, of domain A: 6 train, 2 test" in text and "these are domain B" in text
+
+
+def test_a_domain_without_a_picture_that_can_be_used(tmp_path):
+    for bad in "AB":
+        root = pictures.translation(tmp_path / bad)
+        for folder in (f"train{bad}", f"test{bad}"):
+            for path in (root / folder).glob("*.png"):
+                path.write_bytes(b"")
+    words = " ".join(data.check(tmp_path / "A")["warnings"])
+    assert "one of trainA and trainB has no picture that can be used" in words
+    with pytest.raises(UserError, match="none of the trainB pictures .*trainB/0000.png: empty"):
+        data.check(tmp_path / "B")
+
+
+def test_tiles_for_recipes_that_enlarge(tmp_path):
+    root = pictures.folder(tmp_path / "p", 3, (200, 140))
+    pictures.save(pictures.picture(9, (300, 30)), root / "flat.png")
+    report = data.check(root, size=64)
+    assert report["tiles"] == {"side": 64, "count": 18, "too_small": 1}
+    assert "18 of 64 x 64 for recipes that enlarge pictures" in data.describe(report)
+    assert "1 pictures are too small" in data.describe(report)
+    assert len(data.load(root, split="all", size=64, tiles=True)) == 18
+    assert "enlarge pictures" not in data.describe(data.check(pictures.folder(tmp_path / "q"), 32))
+
+
+def test_a_crop_larger_than_all_pictures(tmp_path):
+    root = pictures.folder(tmp_path / "p", 3, (60, 40))
+    with pytest.raises(UserError, match="none of the 3 .*0000.png: smaller than the crop: 60 x 40"):
+        data.load(root, size=48, tiles=True)
 
 
 def test_packaged_set(tmp_path):

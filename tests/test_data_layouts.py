@@ -175,6 +175,34 @@ def test_pictures_a_table_does_not_name(tmp_path):
     assert report["classes"] == {"0": 1, "1": 1, "2": 1}
 
 
+def test_pictures_without_an_attribute_that_the_others_have(tmp_path):
+    root = pictures.folder(tmp_path / "p", 6)
+    table = "file_name,hat,tall,seen,size\n0000.png,1,0,,3\n0001.png,,1,1,0\n"
+    table += "0002.png,0,1,,1\n0003.png,1,,,1\n0004.png,1,1,,0\n"
+    (root / "metadata.csv").write_text(table)
+    report = data.check(root, size=8)
+    assert report["unusable"] == [
+        {"path": "0001.png", "reason": "no hat in metadata.csv"},
+        {"path": "0003.png", "reason": "no tall in metadata.csv"},
+        {"path": "0005.png", "reason": "not in metadata.csv"},
+    ]
+    assert report["attributes"] == {"hat": 2, "tall": 2}, "size is no attribute: it has a 3"
+    assert report["notes"] == [
+        "column seen is not taken as an attribute: only 1 of 5 pictures have 0 or 1 there"
+    ]
+
+
+def test_pictures_that_only_one_of_two_tables_names(tmp_path):
+    root = pictures.folder(tmp_path / "p", 4)
+    (root / "list_attr_celeba.txt").write_text("3\nBald\n0000.png 1\n0001.png -1\n0002.png 1\n")
+    lines = "".join(f"{k:04d}.png {k % 2}\n" for k in range(4))
+    (root / "list_eval_partition.txt").write_text(lines)
+    report = data.check(root, size=8)
+    (left_out,) = report["unusable"]
+    assert left_out["path"] == "0003.png" and left_out["reason"].startswith("no Bald in list_attr")
+    assert report["attributes"] == {"Bald": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

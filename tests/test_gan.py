@@ -188,9 +188,10 @@ def test_each_player_moves_alone():
 
 
 @pytest.mark.parametrize("penalty", ["none", "gradient", "r1", "r1+r2"])
-@pytest.mark.parametrize("flip", [0.0, 0.5])
-def test_loss_does_not_depend_on_the_split(penalty, flip):
-    model = make(classes=3, penalty=penalty, flip=flip, augment="on", noise=0.1).eval()
+@pytest.mark.parametrize(("flip", "share"), [(0.0, 1.0), (0.5, 1.0), (0.0, 0.5)])
+def test_loss_does_not_depend_on_the_split(penalty, flip, share):
+    options = {"penalty": penalty, "flip": flip, "share": share, "weight": 1000.0}
+    model = make(classes=3, augment="on", noise=0.1, **options).eval()
     whole = model.critic_loss(batch(6, 3))["loss"]
     parts = [model.critic_loss(part)["loss"] for part in batch(6, 3).split(3)]
     assert torch.allclose(torch.stack(parts).mean(), whole, atol=1e-5)
@@ -234,6 +235,16 @@ def test_share_of_the_penalty_is_unbiased():
     b = torch.stack([third.critic_loss(batch(6, seed=6 * i))["penalty"] for i in range(40)])
     assert b.std() > a.std()
     assert abs(b.mean() - a.mean()) < 4 * b.std() / math.sqrt(40)
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "r1", "r1+r2"])
+def test_no_image_of_a_part_may_enter_the_penalty(penalty):
+    """A part of one image, with a share so small that it is left out."""
+    model = make(penalty=penalty, share=1e-6)
+    losses = model.critic_loss(batch(1))
+    assert losses["penalty"] == 0
+    losses["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.critic.parameters())
 
 
 class Linear(nn.Module):
@@ -359,6 +370,7 @@ def test_label_is_asked_for():
         ({"penalty": "r9"}, "'r9'.*gradient"),
         ({"augment": "yes"}, "'yes'.*'auto'"),
         ({"labels": "loud"}, "'loud'.*'channels'"),
+        ({"share": 0.0}, "share is 0.0.*above 0"),
     ],
 )
 def test_unknown_choice_is_named(options, message):

@@ -1,7 +1,9 @@
 """Bits per dimension: the scale, the noise, and where they are told."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,34 @@ def test_a_run_tells_its_bits_with_their_protocol():
     assert likelihood(trained(Told(-1.0)), dataset())["bits_are"] == "exact"
     result = {"scores": {}, "likelihood": told, "protocol": {}, "warnings": []}
     assert "bits per dim" in [*describe(result).columns[0].cells]
+
+
+class ByClass(Told):
+    """Likes class 0: there are two and it has the probability of each given picture."""
+
+    shares = torch.tensor([0.75, 0.25])
+
+    def log_prob(self, image, label=None):
+        self.seen.append(image)
+        given = self.shares.log()[:, None] if label is None else self.shares.log()[label][None]
+        each = given - image[0].numel() * math.log(256) + torch.zeros(1, len(image))
+        return each.logsumexp(0) - math.log(len(each))
+
+
+def test_one_class_bounds_the_sum_over_classes():
+    model = ByClass(0.0, discrete=True)
+    run = trained(model)
+    run.recipe["model"]["classes"], run.data["label_names"] = 2, ["a", "b"]
+    data, label = dataset(), np.zeros(30, dtype=np.int64)
+    exact = likelihood(run, data)
+    assert exact["bits_are"] == "exact"
+    assert exact["bits_per_dim"] == pytest.approx(8 + math.log2(2) / 16)  # 0.75 + 0.25 over 2
+    labelled = replace(data, label=label, label_names=["a", "b"])
+    bound = likelihood(run, labelled)
+    assert bound["bits_per_dim"] == pytest.approx(8 + math.log2(2 / 0.75) / 16)
+    assert bound["bits_are"] == f"at most {1 / 16:.2g} too high"
+    assert 0 <= bound["bits_per_dim"] - exact["bits_per_dim"] <= 1 / 16
+    assert likelihood(run, replace(labelled, label_names=["b", "a"])) == exact, "others' classes"
 
 
 def test_models_without_likelihood_tell_none():

@@ -149,6 +149,23 @@ def test_a_resumed_run_keeps_what_is_frozen(fit, codes, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_run_goes_on_when_the_tokenizer_is_gone(fit, codes, tmp_path):
+    def stop(trained, elapsed):
+        raise Interrupted("as by Ctrl-C")
+
+    whole = fit("prior", "whole", using(codes))
+    with pytest.raises(Interrupted):
+        fit("prior", "parts", using(codes), "train.save_every=0", probe=stop, probes=2)
+    shutil.rmtree(codes)
+    parts = fit("prior", "parts", using(codes), "train.save_every=0", resume=True)
+    one, two = whole.model.state_dict(), parts.model.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(UserError, match="codes does not exist"):
+        fit("prior", "anew", using(codes))
+    with pytest.raises(UserError, match="elsewhere does not exist"):
+        fit("prior", "parts", using(tmp_path / "elsewhere"), resume=True)
+
+
 def test_a_run_that_cannot_be_used_is_named(fit, data, tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist; expected a run folder"):
         fit("prior", "a", using(tmp_path / "nowhere"))

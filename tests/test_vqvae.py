@@ -75,21 +75,22 @@ def test_codes_are_the_nearest_vectors():
     image = batch().image
     with torch.no_grad():
         z = model.encoder(image)
-        distance = (z[:, None] - model.codebook[None, :, :, None, None]).square().sum(2)
+        distance = (z[:, None] - model.quantiser.codebook[None, :, :, None, None]).square().sum(2)
         codes = model.codes(image)
         assert codes.dtype == torch.int64 and codes.shape == (6, *model.code_shape)
         assert torch.equal(codes, distance.argmin(1))
-        assert torch.equal(model.encode(image), model.codebook[codes].permute(0, 3, 1, 2))
+        assert torch.equal(model.encode(image), model.quantiser.codebook[codes].permute(0, 3, 1, 2))
 
 
 def test_the_gradient_of_the_decoder_passes_straight_through():
     model, data = make(commitment=0.0), batch()
     z = model.encoder(data.image).detach().requires_grad_()
+    quantised = model.quantiser.vectors(model.quantiser.nearest(z))
     (direct,) = torch.autograd.grad(
-        nn.functional.mse_loss(model.decoder(model._vectors(model._nearest(z))), data.image),
+        nn.functional.mse_loss(model.decoder(quantised), data.image),
         model.decoder.layers[0].weight,
     )
-    quantised = model._vectors(model._nearest(z)).requires_grad_()
+    quantised.requires_grad_()
     error = nn.functional.mse_loss(model.decoder(quantised), data.image)
     (at_codes,) = torch.autograd.grad(error, quantised)
 
@@ -108,42 +109,43 @@ def test_commitment_pulls_the_encoder_alone():
     data = batch()
     losses = model.loss(data)
     z = model.encoder(data.image)
-    expected = (z - model._vectors(model._nearest(z))).square().mean()
+    expected = (z - model.quantiser.vectors(model.quantiser.nearest(z))).square().mean()
     assert losses["distance"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert losses["loss"].item() == pytest.approx(1.5 * expected.item(), rel=1e-5)
-    assert not model.codebook.requires_grad
+    assert not model.quantiser.codebook.requires_grad
 
 
 def test_codes_move_to_the_mean_of_their_vectors():
     """One half-life moves N and m half the way; many steps on one batch reach k-means."""
     data = batch(32, seen=10_000)
     model = blocks(halflife=32)
-    model.loss(data), model.update_codebook()
-    share, moment, before = model.share.clone(), model.moment.clone(), model.codebook.clone()
+    model.loss(data), model.quantiser.update()
+    quantiser = copy.deepcopy(model.quantiser)
+    share, moment, before = quantiser.share, quantiser.moment, quantiser.codebook
     vectors = model.encoder(data.image).movedim(1, -1).flatten(0, 2)
     code = model.codes(data.image).flatten()
-    model.loss(data), model.update_codebook()
+    model.loss(data), model.quantiser.update()
     for k in range(8):
         mine = vectors[code == k]
         n = 0.5 * share[k] + 0.5 * len(mine) / len(vectors)
         m = 0.5 * moment[k] + 0.5 * mine.sum(0) / len(vectors)
-        assert torch.allclose(model.codebook[k], m / n, atol=1e-5)
-    assert not torch.equal(model.codebook, before)
+        assert torch.allclose(model.quantiser.codebook[k], m / n, atol=1e-5)
+    assert not torch.equal(model.quantiser.codebook, before)
     for _ in range(300):
-        model.loss(data), model.update_codebook()
+        model.loss(data), model.quantiser.update()
     code = model.codes(data.image).flatten()
     means = torch.stack([vectors[code == k].mean(0) for k in range(8)])
-    assert torch.allclose(model.codebook, means, atol=1e-3)
+    assert torch.allclose(model.quantiser.codebook, means, atol=1e-3)
 
 
 def test_the_codebook_begins_at_vectors_of_the_first_batch():
     model, data = blocks(), batch(32)
-    model.codebook += 100  # far from all: one code is chosen by all vectors, the rest by none
-    model.loss(data), model.update_codebook()
+    model.quantiser.codebook += 100  # far from all: all vectors choose the same one
+    model.loss(data), model.quantiser.update()
     vectors = model.encoder(data.image).movedim(1, -1).flatten(0, 2)
-    middle = torch.cdist(model.codebook, vectors.mean(0, keepdim=True)).argmin()
-    model.codebook[middle] = vectors[0]
-    nearest = torch.cdist(model.codebook, vectors).min(1)
+    middle = torch.cdist(model.quantiser.codebook, vectors.mean(0, keepdim=True)).argmin()
+    model.quantiser.codebook[middle] = vectors[0]
+    nearest = torch.cdist(model.quantiser.codebook, vectors).min(1)
     assert nearest.values.max() < 5e-3
     assert len(set(nearest.indices.tolist())) >= 7
 
@@ -151,27 +153,27 @@ def test_the_codebook_begins_at_vectors_of_the_first_batch():
 def test_dead_codes_are_restarted_and_others_left():
     model, data = blocks(codebook_size=4, halflife=20, restart=0.1), batch(32, seen=10_000)
     for _ in range(20):
-        model.loss(data), model.update_codebook()
-    model.codebook[3] = 50.0  # none will choose it
-    model.moment[3] = model.share[3] * 50.0
+        model.loss(data), model.quantiser.update()
+    model.quantiser.codebook[3] = 50.0  # none will choose it
+    model.quantiser.moment[3] = model.quantiser.share[3] * 50.0
     for _ in range(50):
-        model.loss(data), model.update_codebook()
-    assert model.codebook[3].abs().max() <= 1
+        model.loss(data), model.quantiser.update()
+    assert model.quantiser.codebook[3].abs().max() <= 1
     assert (model.codes(data.image).flatten().bincount(minlength=4) > 0).all()
-    used = model.codebook[:3].clone()
-    model.loss(data), model.update_codebook()
-    assert torch.allclose(model.codebook[:3], used, atol=0.05)
+    used = model.quantiser.codebook[:3].clone()
+    model.loss(data), model.quantiser.update()
+    assert torch.allclose(model.quantiser.codebook[:3], used, atol=0.05)
 
 
 def test_fewer_vectors_than_codes_fill_the_codebook_batch_by_batch():
     model = blocks(codebook_size=20)
-    first = model.codebook.clone()
-    model.loss(batch(2)), model.update_codebook()  # 8 vectors
-    assert (model.codebook != first).any(1).sum() <= 16  # 8 restarted, at most 8 chosen
+    first = model.quantiser.codebook.clone()
+    model.loss(batch(2)), model.quantiser.update()  # 8 vectors
+    assert (model.quantiser.codebook != first).any(1).sum() <= 16  # 8 restarted, at most 8 chosen
     for seen in range(2, 12, 2):
-        model.loss(batch(2, seen)), model.update_codebook()
-    assert (model.codebook != first).any(1).all()
-    assert model.codebook.isfinite().all()
+        model.loss(batch(2, seen)), model.quantiser.update()
+    assert (model.quantiser.codebook != first).any(1).all()
+    assert model.quantiser.codebook.isfinite().all()
 
 
 def test_the_codebook_does_not_depend_on_how_the_batch_is_split():
@@ -179,7 +181,7 @@ def test_the_codebook_does_not_depend_on_how_the_batch_is_split():
     for seen in (0, 12):
         whole.loss(batch(12, seen))
         losses = [parts.loss(part)["loss"] for part in batch(12, seen).split(3)]
-        whole.update_codebook(), parts.update_codebook()
+        whole.quantiser.update(), parts.quantiser.update()
     assert torch.stack(losses).mean().isfinite()
     for name, buffer in whole.named_buffers():
         assert torch.allclose(buffer, parts.get_buffer(name), atol=1e-5), name
@@ -191,14 +193,14 @@ def test_a_step_that_was_skipped_leaves_nothing_behind():
     broken.image[0] = float("nan")
     one.loss(broken)  # not finite: the loop takes no step and calls nothing after it
     for model in (one, other):
-        model.loss(batch(4, seen=4)), model.update_codebook()
-    assert torch.equal(one.codebook, other.codebook)
+        model.loss(batch(4, seen=4)), model.quantiser.update()
+    assert torch.equal(one.quantiser.codebook, other.quantiser.codebook)
 
 
 def test_loss_leaves_torchs_generator_alone():
     model = make()
     before = torch.random.get_rng_state()
-    model.loss(batch()), model.update_codebook()
+    model.loss(batch()), model.quantiser.update()
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -218,7 +220,7 @@ def test_learns_tells_its_use_and_codes_are_stable():
 
 def test_perplexity_is_the_number_of_codes_used_alike():
     model = blocks(codebook_size=4)
-    model.frequency[:, :, :2] = 1.0
+    model.quantiser.frequency[:, :, :2] = 1.0
     losses = model.loss(batch())
     assert losses["perplexity"].item() == pytest.approx(2, rel=1e-5)
     assert losses["codes_used"].item() == 0.5
@@ -226,11 +228,11 @@ def test_perplexity_is_the_number_of_codes_used_alike():
 
 def test_samples_have_the_frequencies_of_the_codes_at_each_place():
     model = blocks(codebook_size=3).eval()
-    model.codebook[:] = torch.tensor([-0.5, 0.0, 0.5])[:, None]
-    model.frequency[0, 0] = torch.tensor([0.2, 0.8, 0.0])
-    model.frequency[0, 1] = torch.tensor([0.0, 0.0, 0.3])  # need not sum to 1
-    model.frequency[1, 0] = torch.tensor([1.0, 1.0, 1.0])
-    model.frequency[1, 1] = torch.tensor([0.0, 1.0, 0.0])
+    model.quantiser.codebook[:] = torch.tensor([-0.5, 0.0, 0.5])[:, None]
+    model.quantiser.frequency[0, 0] = torch.tensor([0.2, 0.8, 0.0])
+    model.quantiser.frequency[0, 1] = torch.tensor([0.0, 0.0, 0.3])  # need not sum to 1
+    model.quantiser.frequency[1, 0] = torch.tensor([1.0, 1.0, 1.0])
+    model.quantiser.frequency[1, 1] = torch.tensor([0.0, 1.0, 0.0])
     count = 6000
     codes = model.codes(model.sample(Condition(count), Rng(range(count))))
     for place, expected in [((0, 0), [0.2, 0.8, 0]), ((0, 1), [0, 0, 1]), ((1, 1), [0, 1, 0])]:

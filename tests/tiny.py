@@ -20,7 +20,6 @@ SMALL: dict[str, dict] = {
     "networks.patchgan.Critic": {"channels": 4},
     "networks.coupling.Glow": {"steps": 2, "channels": 8},
     "networks.coupling.RealNVP": {"couplings": 2, "channels": 8, "blocks": 1},
-    "networks.residual.Generator": {"channels": 4},
     "networks.residual.Critic": {"channels": 4},
     "networks.progan.Generator": {"channels": 4},
     "networks.progan.Critic": {"channels": 4},
@@ -32,7 +31,9 @@ SMALL: dict[str, dict] = {
     "networks.convnet.Decoder": {"channels": 4},
     "networks.convnet.GridEncoder": {"channels": 8, "blocks": 1},
     "networks.convnet.GridDecoder": {"channels": 8, "blocks": 1},
-    "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1], "heads": 2},
+    "models.first_stage.AutoencoderKL": {"start": 0, "weights": "none"},  # critic from the start
+    "models.first_stage.VQGAN": {"start": 0, "weights": "none"},
+    "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1]},
     "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
     "networks.unet.UNet": {
@@ -72,6 +73,11 @@ def translates(name: str) -> bool:
 def enlarges(name: str) -> bool:
     """Whether a packaged recipe enlarges pictures."""
     return recipe.load(name).get("data", {}).get("pair") == "shrunk"
+
+
+def restores(name: str) -> bool:
+    """Whether a packaged recipe is a first stage, which draws nothing by itself."""
+    return recipe.load(name)["model"]["type"].startswith("models.first_stage.")
 
 
 def domains(folder: Path) -> Path:

@@ -208,6 +208,10 @@ def train(
         asked = f"sample {trained.path} -n 64"
         if trained.translates:
             asked = f"translate {trained.path} PICTURES"
+        elif trained.enlarges:
+            asked = f"upscale {trained.path} PICTURES"
+        elif not trained.draws:
+            asked = f"edit reconstruct {trained.path} PICTURES"
         screen.print(f"next: trilemma {asked} --out {trained.path}/pictures")
 
 

@@ -27,6 +27,7 @@ from trilemma import data as pictures
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.judge import Judge
+from trilemma.model import Generator
 from trilemma.report import choice, commands, scales
 from trilemma.report.commands import Request
 from trilemma.sampling import Trained
@@ -208,6 +209,11 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
             raise UserError(
                 f"{name} enlarges pictures and draws none of its own, so it cannot be compared "
                 "with models that do; train it by itself, and use trilemma upscale"
+            )
+        if not issubclass(recipe.lookup(specs[name]["model"]["type"]), Generator):
+            raise UserError(
+                f"{name} restores pictures and draws none of its own, so it cannot be compared "
+                "with models that do; train it by itself, and use trilemma edit reconstruct"
             )
     return specs
 

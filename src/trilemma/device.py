@@ -152,6 +152,17 @@ def _compiler_trouble(device: torch.device) -> str | None:
     return None
 
 
+def seed(value: int, device: torch.device) -> None:
+    """Seed torch's own generators, of the CPU and of `device`.
+
+    `torch.manual_seed` also writes down the call stack for each kind of device that is not there,
+    which takes half a millisecond to one: much, for small networks, at every step.
+    """
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.manual_seed(value)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given; call before reading a clock."""
     if device.type == "cuda":

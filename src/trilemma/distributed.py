@@ -47,8 +47,10 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 def average_gradients(modules: Iterable[nn.Module]) -> None:
     """Average the gradients of `modules` over all processes."""
+    if not dist.is_initialized():
+        return
     parameters = [p for module in modules for p in module.parameters() if p.grad is not None]
-    if dist.is_initialized() and parameters:
+    if parameters:
         average([p.grad for p in parameters if p.grad is not None])
 
 

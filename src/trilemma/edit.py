@@ -31,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
+from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.restoration import noise_deviation
@@ -43,6 +44,7 @@ from trilemma.model import HasCompletion, HasDenoising, HasLatents, HasLikelihoo
 from trilemma.sampling import Trained, grid, to_pil
 
 BATCH = 32
+SHOWN = 32  # pictures on a sheet
 
 Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
@@ -54,6 +56,12 @@ def reconstruct(trained: Trained, images: Tensor, track: Track = iter) -> Tensor
         UserError: the model has no latents, or the images are not of its shape.
     """
     return decode(trained, encode(trained, images, track), track)
+
+
+def sheet(trained: Trained, data: Dataset) -> Image.Image:
+    """Lay out the first pictures, each with what is left of it to its right."""
+    images = data.tensor(slice(SHOWN))
+    return grid(torch.stack([images, reconstruct(trained, images)], 1).flatten(0, 1), 8)
 
 
 def interpolate(

@@ -7,6 +7,7 @@ both sides and the real images chosen. All that is stored beside the scores as t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from trilemma.sampling import Trained
 FEW = 2000  # drawn images below which scores are said to be rough
 LIMIT = 50_000  # real images that the Fréchet distance looks at
 BALLS = 10_000  # images on either side that precision, recall, density and coverage look at
-LIKELY = 500  # real images whose likelihood is asked: over classes, it takes many passes each
+LIKELY = 500  # real images whose likelihood is asked
 HELD_OUT = 2000  # real images that tell how near to the training images unseen ones are
 BATCH = 128
 
@@ -154,25 +155,33 @@ def score(drawn: Features, real: Reference, *, seed: int = 0) -> dict[str, float
 def likelihood(trained: Trained, data: Dataset) -> dict[str, Any] | None:
     """Return the bits per dimension of the data's pictures under a model, with their protocol.
 
-    None if the model tells no likelihoods. Of a class-conditional model, log p(x) is over equally
-    frequent classes.
+    None if the model tells no likelihoods. Of a model with K classes p(x) is over equally frequent
+    ones. The sum over all of them takes K passes of most models; its term of the picture's own
+    class, log p(x) >= log p(x | y) - log K, takes one, and is off by log2(K) / D bits per dimension
+    at most: 0.004 of ten classes on 28 x 28 pixels. Unlabelled data take all passes.
 
     Returns:
-        `bits_per_dim`; `bits_error`, its standard error over pictures; `bits_are`: `exact`, or an
-        `upper bound`; `bits_of`: the pictures, evenly spread over the data.
+        `bits_per_dim`; `bits_error`, its standard error over pictures; `bits_are`: `exact`, `an
+        upper bound`, or how much too high at most; `bits_of`: the pictures, evenly spread over the
+        data.
     """
     model = trained.model
     if not isinstance(model, HasLikelihood):
         return None
-    images = data.tensor(references.thinned(len(data), LIKELY))
+    rows = references.thinned(len(data), LIKELY)
+    images, label, missed = data.tensor(rows), None, 0.0
+    if trained.conditional and data.label_names == trained.data["label_names"]:
+        label = data.condition(rows).label
+        missed = math.log2(len(data.label_names)) / images[0].numel()
     where = next(model.parameters()).device
     dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
     with torch.no_grad(), device.autocast(dtype, where):
-        bits = bits_per_dimension(model, images, batch=BATCH, where=where)
+        bits = bits_per_dimension(model, images, label, batch=BATCH, where=where) + missed
+    exact = f"at most {missed:.2g} too high" if missed else "exact"
     return {
         "bits_per_dim": float(bits.mean()),
         "bits_error": float(bits.std() / len(bits) ** 0.5),
-        "bits_are": "an upper bound" if model.bound else "exact",
+        "bits_are": "an upper bound" if model.bound else exact,
         "bits_of": f"{len(images)} pictures of {data.name}, {data.split}",
     }
 

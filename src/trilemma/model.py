@@ -29,6 +29,7 @@ class Phase:
         loss: the objective on a batch, a mean over its images.
         modules: these learn in this phase, all others hold still.
         every: taken at every n-th step.
+        start: first taken when so many training images have been seen.
         after: called after the optimizer has moved (WGAN's weight clipping, a codebook's update).
     """
 
@@ -36,6 +37,7 @@ class Phase:
     loss: Callable[[Batch], Losses]
     modules: Sequence[nn.Module]
     every: int = 1
+    start: int = 0
     after: Callable[[], None] | None = None
 
 
@@ -69,8 +71,11 @@ class HasLikelihood(Protocol):
     discrete: bool
     bound: bool
 
-    def log_prob(self, image: Tensor) -> Tensor:
-        """Return (B,) nats of images (B, C, H, W); over equally frequent classes if it has any."""
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (B,) nats of images (B, C, H, W), of a model with classes given labels (B,).
+
+        Without labels over equally frequent classes, which may take a pass for each of them.
+        """
         ...
 
 

@@ -10,7 +10,8 @@ Strings that begin with `@` are facts of the data, filled in by `resolve`: `@sha
 
 `{ type = "trained", path = "runs/vqvae" }` is the model of that run, held still while another
 learns to use it. `resolve` puts the run's own model spec in its place, inside a `model.Frozen`, so
-that the checkpoint needs the run no more; its weights are read when training begins.
+that the checkpoint needs the run no more; its weights are read when training begins. A run that
+goes on takes the spec from itself.
 
 Sections: `[about]` what the recipe is; `[data]` what it asks of the data; `[model]` the family and
 its networks; `[train]` the loop's settings; `[sample]` the defaults of sampling. A run adds
@@ -111,27 +112,37 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     return recipe
 
 
-def resolve(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
+def resolve(
+    recipe: Recipe, facts: Mapping[str, Any], before: Mapping[str, Any] | None = None
+) -> Recipe:
     """Return the recipe with every `@name` replaced by `facts[name]`, and trained runs by specs.
+
+    Args:
+        recipe: to resolve.
+        facts: of the data.
+        before: the same recipe as it was resolved before, whose trained runs are not read again:
+            they may be gone, or trained further.
 
     Raises:
         UserError: a recipe asks for a fact that there is not, or for a run that cannot be used.
     """
 
-    def fill(value: Any) -> Any:
+    def fill(value: Any, was: Any) -> Any:
         if isinstance(value, dict) and value.get("type") == "trained":
-            return _frozen(value, facts)
+            same = isinstance(was, dict) and was.get("path") == value.get("path")
+            return was if same else _frozen(value, facts)
         if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
+            old = was if isinstance(was, dict) else {}
+            return {key: fill(item, old.get(key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [fill(item) for item in value]
+            return [fill(item, None) for item in value]
         if isinstance(value, str) and value.startswith("@"):
             if value[1:] not in facts:
                 raise UserError(f"the recipe asks for {value}; the data tell {', '.join(facts)}")
             return facts[value[1:]]
         return value
 
-    return fill(copy.deepcopy(recipe))
+    return fill(copy.deepcopy(recipe), before)
 
 
 def _frozen(asked: Recipe, facts: Mapping[str, Any]) -> Recipe:
@@ -164,7 +175,7 @@ def build(spec: Any) -> Any:
     arguments = {key: build(value) for key, value in spec.items() if key != "type"}
     if "type" not in spec:
         return arguments
-    cls = _class(spec["type"])
+    cls = lookup(spec["type"])
     check_arguments(cls, arguments, spec["type"])
     try:
         return cls(**arguments)
@@ -172,7 +183,12 @@ def build(spec: Any) -> Any:
         raise UserError(f"{spec['type']}: {error}") from error
 
 
-def _class(path: str) -> type:
+def lookup(path: str) -> type:
+    """Return the class that a recipe's `type` names.
+
+    Raises:
+        UserError: it is none of those of this package that can be built.
+    """
     module_name, _, class_name = path.rpartition(".")
     where = f"a path inside {', '.join(BUILDABLE)}, such as networks.unet.UNet"
     if module_name.split(".")[0] not in BUILDABLE:

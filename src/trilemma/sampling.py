@@ -44,8 +44,9 @@ class Trained:
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
-        """The recipe's defaults for `sample`."""
-        return dict(self.recipe.get("sample", {}))
+        """The recipe's defaults for `sample`; guidance only where there are classes to guide by."""
+        given = self.recipe.get("sample", {})
+        return {k: v for k, v in given.items() if k != "guidance" or self.conditional}
 
     @property
     def conditional(self) -> bool:
@@ -63,10 +64,19 @@ class Trained:
         return self.recipe.get("data", {}).get("pair") == "shrunk"
 
     @property
+    def draws(self) -> bool:
+        """Whether the model draws pictures of its own."""
+        return isinstance(self.model, Generator) and not (self.translates or self.enlarges)
+
+    @property
     def generator(self) -> Generator:
         """The model as what draws; raises UserError when it draws nothing."""
         if not isinstance(self.model, Generator):
-            raise UserError(f"{self.name} draws no pictures: it is a {type(self.model).__name__}")
+            raise UserError(
+                f"{self.name} draws no pictures: its {type(self.model).__name__} is a first stage, "
+                "for another model to draw its latents or codes; to see what it keeps of pictures, "
+                f"trilemma edit reconstruct {self.path} PICTURES --out DIR"
+            )
         return self.model
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from trilemma import (
     checkpoint,
     device,
     distributed,
+    edit,
     recipe,
     sampling,
     translation,
@@ -35,7 +36,7 @@ from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Frozen, Generator, Losses, Model, Phase
+from trilemma.model import Frozen, Losses, Model, Phase
 from trilemma.run import Run, start_from
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -105,7 +106,9 @@ def train(
             "on; expected a folder with the folders trainA and trainB, pictures in both"
         )
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
-    spec = recipe.resolve(spec, facts(data))
+    begun = out / "recipe.toml"
+    before = recipe.load(begun) if resume and begun.exists() else None
+    spec = recipe.resolve(spec, facts(data), before)
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
     try:
         settings = Settings(**spec.get("train", {}))
@@ -127,7 +130,8 @@ def train(
     model: Model = recipe.build(spec["model"])
     if init is not None:
         start_from(model, sampling.load(init, "cpu").model, str(init))
-    load_frozen(model)
+    if not resume:
+        load_frozen(model)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -219,11 +223,11 @@ def _steps(
     mark = time.perf_counter()
     while done < 1.0:
         batch = next(stream).to(run.where)
-        torch.manual_seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF)  # dropout
+        device.seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF, run.where)  # dropout
         told: dict[str, Tensor] = {}
         trouble = None
         for phase in run.phases:
-            if progress.step % phase.every:
+            if progress.step % phase.every or progress.seen < phase.start:
                 continue
             losses, trouble = take(run, phase, batch, run.rate(done))
             told.update(_named(losses, phase, run.phases))
@@ -276,8 +280,7 @@ def _steps(
             drawn = _share(done, settings.grids)
         if ears is not None and _share(done, settings.watches) > watched:
             watched = _share(done, settings.watches)
-            draws = isinstance(run.model, Generator) and "pair" not in run.spec.get("data", {})
-            if ears.adversarial and draws:
+            if ears.adversarial and run.trained().draws:
                 numbers = {"coverage": alarm.coverage(run.trained(), run.data)}
                 line = {**asdict(progress), "watch": numbers}
                 log.write(line)
@@ -359,6 +362,8 @@ def _draw_grid(run: Run) -> None:
         sheet = translation.sheet(trained, run.data)
     elif trained.enlarges:
         sheet = upscale.sheet(trained, run.data)
+    elif not trained.draws:
+        sheet = edit.sheet(trained, run.data)
     else:
         n = 100 if trained.conditional else 64
         sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)

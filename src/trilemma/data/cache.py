@@ -250,7 +250,9 @@ def _write(
                 kept.append(one)
     wanted = [one for one in kept if one.item.domain == "image"]
     if not wanted:
-        raise UserError(_all_unusable(source, unusable))
+        which = "trainB pictures" if kept else f"{len(unusable)} picture files"
+        some = "; ".join(f"{path}: {reason}" for path, reason in list(unusable.items())[:5])
+        raise UserError(f"none of the {which} of {source.name} can be used: {some}")
     splits = _splits(kept)
     rank = {one.item.path: _SPLITS.index(split) for one, split in zip(kept, splits, strict=True)}
     order = sorted(range(len(kept)), key=lambda row: rank[kept[row].item.path])
@@ -290,11 +292,6 @@ def _write(
         "unusable": unusable,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def _all_unusable(source: Source, unusable: dict[str, str]) -> str:
-    first = "; ".join(f"{path}: {reason}" for path, reason in list(unusable.items())[:10])
-    return f"none of the {len(unusable)} picture files of {source.name} can be used: {first}"
 
 
 def _splits(kept: list[Scanned]) -> list[str]:

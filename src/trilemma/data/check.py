@@ -74,6 +74,7 @@ def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
         "attributes": _attributes(folder, meta["attribute_names"]),
         "splits": meta["counts"],
         "source_splits": meta["source_counts"],
+        "tiles": _tiles(files, meta["shape"][-1]),
         "split_rule": meta["split_rule"],
         "exact_duplicates": duplicates,
         "near_duplicates": near,
@@ -83,6 +84,12 @@ def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
     report["warnings"] = _warnings(report, files)
     report["advice"] = _advice(report)
     return report
+
+
+def _tiles(files: list[dict[str, Any]], side: int) -> dict[str, int]:
+    """Return the squares that recipes which enlarge pictures would cut, and what is too small."""
+    cut = [(file["width"] // side) * (file["height"] // side) for file in files]
+    return {"side": side, "count": sum(cut), "too_small": cut.count(0)}
 
 
 def _counts(values: Any) -> dict[str, int]:
@@ -174,18 +181,31 @@ def _warnings(report: dict[str, Any], files: list[dict[str, Any]]) -> list[str]:
         )
     if not report["splits"]["test"] + report["splits"]["valid"]:
         found.append("nothing is left for testing")
+    if _unpaired(report):
+        few = min(report["splits"]["train"], report["source_splits"]["train"])
+        if not few:
+            found.append("one of trainA and trainB has no picture that can be used")
+        elif few < FEW:
+            found.append(f"only {few} pictures of one domain to learn to translate from or to")
     return found
+
+
+def _unpaired(report: dict[str, Any]) -> bool:
+    return report["layout"].startswith("translation")
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
     found = []
-    if report["pictures"] < FEW:
+    if _unpaired(report):
+        command = f"trilemma train cyclegan --data {report['source']}"
+        found.append(f"train a model that translates between the domains: {command}")
+    elif report["pictures"] < FEW:
         found.append("gather more pictures, better thousands, or mirror them: --set data.flip=true")
     if report["near_duplicates"] and report["split_rule"] == "by content":
         found.append("put near duplicates in one of train/ and test/, or scores look too good")
     if report["shape"][-1] == NATIVE_LIMIT and len(report["sizes"]) > 1:
         found.append("pictures are brought to 64 pixels by default: choose another with --size")
-    if not report["classes"] and not report["captions"] and not report["source_pictures"]:
+    if not report["classes"] and not report["captions"] and not _unpaired(report):
         found.append("sort the pictures into one folder for each class to train conditional models")
     return found
 
@@ -201,8 +221,20 @@ def describe(report: dict[str, Any]) -> str:
         f"  pictures    {report['pictures']} usable; {kind}, decoded to {side} x {side}",
         f"  splits      {', '.join(splits)} ({rule})",
     ]
-    if report["source_pictures"]:
-        lines.append(f"  source      {report['source_pictures']} pictures of the other domain")
+    if _unpaired(report):
+        parts = [f"{count} {name}" for name, count in report["source_splits"].items() if count]
+        lines[1] += "; these are domain B"
+        lines.append(
+            f"  source      {report['source_pictures']} usable, of domain A: {', '.join(parts)}; "
+            "no picture is the pair of one of domain B"
+        )
+    tiles = report["tiles"]
+    if tiles["count"] > report["pictures"] and not _unpaired(report):
+        small = f"; {tiles['too_small']} pictures are too small" if tiles["too_small"] else ""
+        lines.append(
+            f"  tiles       {tiles['count']} of {side} x {side} for recipes that enlarge pictures "
+            f"(srresnet, srgan), which shrink them to make the pairs{small}"
+        )
     for title in ("sizes", "modes", "formats", "classes", "attributes"):
         if report[title]:
             lines.append(f"  {title:<11} {_some(report[title])}")

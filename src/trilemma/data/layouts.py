@@ -10,7 +10,8 @@
 | unlabelled | anything else: every picture at any depth |
 
 Splits combine with everything; tables and captions combine with class folders, and a table has the
-last word on what both say.
+last word on what both say. A column that holds only 0 and 1 is an attribute when at least half of
+the pictures have it; those that lack it are not used.
 """
 
 from __future__ import annotations
@@ -167,8 +168,12 @@ def _combine(
 ) -> Listing:
     """Return the listing of `places` with what tables and captions add."""
     text_column, split_column = facts.column(TEXT_COLUMNS), facts.column(SPLIT_COLUMNS)
-    label_column, attribute_names = facts.column(LABEL_COLUMNS), facts.attribute_names()
+    label_column, bits = facts.column(LABEL_COLUMNS), facts.bits()
+    attribute_names = [name for name, filled in bits.items() if 2 * filled >= len(facts.rows)]
     notes = places.notes + facts.notes
+    for name in [name for name in bits if name not in attribute_names]:
+        told = f"only {bits[name]} of {len(facts.rows)} pictures have 0 or 1 there"
+        notes.append(f"column {name} is not taken as an attribute: {told}")
     if facts.missing:
         some = ", ".join(facts.missing[:3])
         notes.append(f"{len(facts.missing)} files named in the tables are not there: {some}")
@@ -182,8 +187,12 @@ def _combine(
                 unusable[place.path] = f"not in {table}"
                 continue
             row = {}
+        has = {name: bit(row.get(name)) for name in attribute_names}
+        empty = next((name for name, value in has.items() if value is None), None)
         if label_column is not None and row.get(label_column) in (None, ""):
-            unusable[place.path] = f"no {label_column} in {table}"
+            empty = label_column
+        if empty is not None:
+            unusable[place.path] = f"no {empty} in {table}"
             continue
         text = row.get(text_column, "") if text_column else ""
         if isinstance(text, list):  # several captions of one picture: the first
@@ -197,7 +206,7 @@ def _combine(
                 split={**SPLITS, **PARTITIONS}.get(split, place.split),
                 label=place.label if label_column is None else str(row[label_column]),
                 text=text,
-                attributes=tuple(bit(row[name]) or 0 for name in attribute_names),
+                attributes=tuple(value or 0 for value in has.values()),
             )
         )
     if not items:

@@ -57,13 +57,19 @@ class Facts:
         present = {key for row in self.rows.values() for key in row}
         return next((name for name in names if name in present), None)
 
-    def attribute_names(self) -> list[str]:
-        """Return the columns that every row has and that hold only 0 and 1 (or -1 and 1)."""
+    def bits(self) -> dict[str, int]:
+        """Return the columns that hold only 0 and 1 (or -1 and 1), and how many rows fill each."""
         taken = {*TEXT_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS}
-        names = [n for n in next(iter(self.rows.values()), {}) if n not in taken]
+        filled: dict[str, int] = {}
         for row in self.rows.values():
-            names = [n for n in names if bit(row.get(n)) is not None]
-        return names
+            for name, value in row.items():
+                if name not in taken and str(value).strip():
+                    if bit(value) is None:
+                        taken.add(name)
+                        filled.pop(name, None)
+                    else:
+                        filled[name] = filled.get(name, 0) + 1
+        return filled
 
 
 def bit(value: Any) -> int | None:

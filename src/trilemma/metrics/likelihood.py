@@ -25,6 +25,7 @@ from trilemma.model import HasLikelihood
 def bits_per_dimension(
     model: HasLikelihood,
     images: Tensor,
+    label: Tensor | None = None,
     *,
     seed: int = 0,
     batch: int = 128,
@@ -35,6 +36,7 @@ def bits_per_dimension(
     Args:
         model: on the device `where`.
         images: uint8 (N, C, H, W).
+        label: (N,) what the bits are given, of a model with classes; None for the picture alone.
         seed: picture i is dequantised by the stream of seed + i; not used by discrete models.
         batch: pictures at a time.
         where: the model's device.
@@ -46,6 +48,10 @@ def bits_per_dimension(
         if not model.discrete:
             rng = Rng(range(seed + start, seed + start + len(image)), where)
             image = dequantise(image, rng.uniform(*image.shape[1:]))
-        found.append(model.log_prob(image).double().cpu())
+        if label is None:
+            found.append(model.log_prob(image).double().cpu())
+        else:
+            here = label[start : start + batch].to(where)
+            found.append(model.log_prob(image, here).double().cpu())
     bits = -torch.cat(found) / (dims * math.log(2))
     return bits if model.discrete else bits + 7

@@ -31,8 +31,8 @@ log 2.
 Gradient: Gulrajani et al. (2017), "Improved Training of Wasserstein GANs", equation 3. R1 and R2:
 Mescheder, Geiger, Nowozin (2018), "Which Training Methods for GANs do actually Converge?",
 equations 9 and 10 (their gamma / 2 is our w); Huang et al. prove local convergence of the
-relativistic game with both. `share` takes the penalty on that share of the batch only: an unbiased
-estimate for less work.
+relativistic game with both. With `share` below 1 each image enters the penalty with that
+probability, by its own stream, and counts 1 / share: an unbiased estimate for less work.
 
 Three ways to keep D from being too sure. Label smoothing (one-sided; Salimans et al. 2016,
 "Improved Techniques for Training GANs", section 3.4): D's target for real images is 1 - smooth.
@@ -140,7 +140,7 @@ class GAN(Model):
         game: "non-saturating", "least-squares", "hinge", "wasserstein" or "relativistic".
         penalty: "none", "gradient", "r1" or "r1+r2".
         weight: of the penalty.
-        share: of each batch on which the penalty is taken.
+        share: of the images, in (0, 1], on which the penalty is taken.
         clip: largest size of the critic's weights; 0 lets them grow.
         critic_steps: steps of the critic for one of the generator.
         smooth: label smoothing, in the non-saturating game only.
@@ -177,6 +177,8 @@ class GAN(Model):
             raise ValueError(f"augment is {augment!r}: use 'on', 'off' or 'auto'")
         if smooth and game != "non-saturating":
             raise ValueError("label smoothing belongs to the non-saturating game: set smooth = 0")
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}: give a share of the images, above 0 and up to 1")
         self.generator, self.critic = generator, critic
         self.game, self.penalty, self.weight, self.share = GAMES[game], penalty, weight, share
         self.clip, self.critic_steps, self.smooth, self.flip = clip, critic_steps, smooth, flip
@@ -243,18 +245,20 @@ class GAN(Model):
             # Cross-entropy with target 1 - smooth: s(-u) + smooth * u.
             loss = loss + self.smooth * real_score.mean()
         if self.penalty != "none":
-            count = max(1, round(self.share * len(image)))
+            # All images, or each with probability `share`: whatever part of the batch it came in.
+            chosen = slice(None) if self.share == 1 else rng.uniform() < self.share
 
             def critic(x: Tensor) -> Tensor:
-                return self.critic(x, label[:count])
+                return self.critic(x, label[chosen])
 
             if self.penalty == "gradient":
-                way = rng.uniform()[:count]
-                penalty = gradient_penalty(critic, image[:count], fake[:count], way).mean()
+                way = rng.uniform()[chosen]
+                penalty = gradient_penalty(critic, image[chosen], fake[chosen], way).sum()
             else:
-                penalty = gradient_norms(critic, image[:count]).mean()
+                penalty = gradient_norms(critic, image[chosen]).sum()
                 if self.penalty == "r1+r2":
-                    penalty = penalty + gradient_norms(critic, fake[:count]).mean()
+                    penalty = penalty + gradient_norms(critic, fake[chosen]).sum()
+            penalty = penalty / (self.share * len(image))
             losses["penalty"] = penalty.detach()
             loss = loss + self.weight * penalty
         return {"loss": loss, **losses}

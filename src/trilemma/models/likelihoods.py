@@ -53,18 +53,23 @@ def continuous_bernoulli_log_prob(image: Tensor, output: Tensor) -> Tensor:
     return bernoulli_log_prob(image, output) + (half / half.tanh()).log().flatten(1).sum(1)
 
 
-def discretized_logistic_log_prob(image: Tensor, output: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability (B,) of 8-bit images, given in [-1, 1], under a logistic around `output`.
+def discretized_logistic(image: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability of 8-bit levels, given in [-1, 1], under logistics; one for each number.
 
     F(b) - F(a) = F(b) F(-a) (1 - e^(a - b)), of which no factor cancels, however far the tails.
     """
     inverse = (-log_scale).exp()
-    below = F.logsigmoid((image + HALF_LEVEL - output) * inverse)  # log F(b)
-    above = F.logsigmoid((output - image + HALF_LEVEL) * inverse)  # log F(-a)
+    below = F.logsigmoid((image + HALF_LEVEL - mean) * inverse)  # log F(b)
+    above = F.logsigmoid((mean - image + HALF_LEVEL) * inverse)  # log F(-a)
     between = (-torch.expm1(-2 * HALF_LEVEL * inverse)).log()
     lowest, highest = image < HALF_LEVEL - 1, image > 1 - HALF_LEVEL
     inside = torch.where(highest, above, below + above + between)
-    return torch.where(lowest, below, inside).flatten(1).sum(1)
+    return torch.where(lowest, below, inside)
+
+
+def discretized_logistic_log_prob(image: Tensor, output: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability (B,) of 8-bit images, given in [-1, 1], under a logistic around `output`."""
+    return discretized_logistic(image, output, log_scale).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class ProGAN(Model):
             "penalty": penalty.detach(),
             "real": real_score.detach().mean(),
             "fake": fake_score.detach().mean(),
+            "ahead": (real_score > fake_score).float().mean(),
         }
 
     def generator_loss(self, batch: Batch) -> Losses:

@@ -199,6 +199,11 @@ class GridDecoder(nn.Module):
         layers += [nn.SiLU(), nn.Conv2d(channels, 4 * shape[0], 3, padding=1), nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def last(self) -> Tensor:
+        """The weights of the last convolution."""
+        return self.layers[-2].weight  # type: ignore[return-value]
+
     def forward(self, latent: Tensor) -> Tensor:
         """Map grids (B, D, h, w) to images (B, C, factor h, factor w)."""
         return self.layers(latent).float()

