@@ -210,12 +210,20 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
                 f"{name} enlarges pictures and draws none of its own, so it cannot be compared "
                 "with models that do; train it by itself, and use trilemma upscale"
             )
-        if not issubclass(recipe.lookup(specs[name]["model"]["type"]), Generator):
+        if not _draws(specs[name]):
             raise UserError(
                 f"{name} restores pictures and draws none of its own, so it cannot be compared "
                 "with models that do; train it by itself, and use trilemma edit reconstruct"
             )
     return specs
+
+
+def _draws(spec: recipe.Recipe) -> bool:
+    """Whether the model draws pictures; one that cannot be built is told of in its turn."""
+    try:
+        return issubclass(recipe.lookup(spec["model"]["type"]), Generator)
+    except UserError:
+        return True
 
 
 def _agree(out: Path, request: Request) -> None:
