@@ -103,13 +103,18 @@ def test_noise_near_nothing_is_no_fall(ears):
 
 
 def test_a_generator_that_never_begins_is_told_once(ears):
-    said = watch(ears, [0.0, 0.02] * alarm.BARREN)
+    said = watch(ears, [0.02, 0.0] * alarm.BARREN)
     assert [i for i, messages in enumerate(said) if messages] == [alarm.BARREN - 1]
     assert "not begun" in said[alarm.BARREN - 1][0] and "quick-gan" in said[alarm.BARREN - 1][0]
 
 
 def test_a_late_beginning_is_a_beginning(ears):
     assert not any(watch(ears, [0.0] * (alarm.BARREN - 1) + [0.11, 0.09, 0.08, 0.1]))
+
+
+def test_a_slow_beginning_is_a_beginning(ears):
+    """Coverage of wgan-gp in a run of a minute."""
+    assert not any(watch(ears, [0.0] * 5 + [0.004 * i for i in range(1, 16)]))
 
 
 def test_a_resumed_run_has_not_forgotten(tmp_path):

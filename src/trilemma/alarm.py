@@ -37,7 +37,7 @@ the mean scores of both as `real` and `fake`."""
 CERTAIN, WINDOW = 0.98, 10  # a critic above the first in so many log lines in a row saturates
 RUNAWAY = 4.0  # or runs away, when its lead in the second half of them is so many times the first's
 FALLEN, LEAST = 0.6, 0.1  # coverage below the first share of its best, if that is above the second
-BARREN = 10  # looks at coverage, all below LEAST, after which a generator counts as not begun
+BARREN = 10  # looks at coverage, none above LEAST or rising, after which nothing has begun
 PICTURES, BATCH = 256, 64
 
 
@@ -53,7 +53,8 @@ class Alarm:
         self._sure: dict[str, deque[float]] = {}  # the share judged correctly, by the key logged
         self._lead: dict[str, deque[float]] = {}  # real scores above drawn ones, by the same
         self._told: set[str] = set()
-        self._looks, self._best, self._collapsed = 0, 0.0, False
+        self._covered: deque[float] = deque(maxlen=BARREN)
+        self._best, self._collapsed = 0.0, False
         for text in path.read_text("utf-8").splitlines():
             self.hear(json.loads(text))
 
@@ -104,7 +105,7 @@ class Alarm:
         return grows and min(sure) > CERTAIN and self._new(key)
 
     def _look(self, step: int, coverage: float) -> list[str]:
-        self._looks += 1
+        self._covered.append(coverage)
         self._best = max(self._best, coverage)
         fallen = self._best >= LEAST and coverage < FALLEN * self._best
         new, self._collapsed = fallen and not self._collapsed, fallen
@@ -116,7 +117,8 @@ class Alarm:
                 f"(--set train.optimizer.lr=...), a larger batch, or a steadier game, as the "
                 f"recipes quick-gan and wgan-gp have"
             ]
-        if self._looks >= BARREN and self._best < LEAST and self._new("barren"):
+        rises = len(self._covered) < BARREN or coverage > self._covered[0]
+        if self._best < LEAST and not rises and self._new("barren"):
             return [
                 f"warning: at step {step} drawn pictures still cover {coverage:.0%} of the "
                 f"training pictures: the generator has not begun to draw anything like them. Look "
