@@ -50,7 +50,7 @@ from trilemma import distributed
 from trilemma.batch import Batch
 from trilemma.model import Losses, Model, Phase
 from trilemma.models.autoencoder import gaussian_kl
-from trilemma.models.quantiser import Quantiser
+from trilemma.models.quantiser import Coded, Quantiser
 from trilemma.networks import perceptual as vgg
 from trilemma.networks.layers import check_shape
 
@@ -268,7 +268,7 @@ class AutoencoderKL(FirstStage):
         return self.decoder(latent).float().clamp(-1, 1)
 
 
-class VQGAN(FirstStage):
+class VQGAN(Coded, FirstStage):
     """Latents are a grid of codes.
 
     Args:
@@ -321,29 +321,3 @@ class VQGAN(FirstStage):
         """Lambda and the codebook follow."""
         self.rebalance()
         self.quantiser.update()
-
-    def codes(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
-        return self.quantiser.nearest(self.encoder(image))
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        """Map codes (B, h, w) to images in [-1, 1].
-
-        Raises:
-            ValueError: codes of another shape, or that are not in the codebook.
-        """
-        self.quantiser.check(codes)
-        return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) in [-1, 1] to the vectors (B, D, h, w) of their codes."""
-        return self.quantiser.vectors(self.codes(image))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Map vectors (B, D, h, w), each taken as its nearest code, to images in [-1, 1].
-
-        Raises:
-            ValueError: latents of another shape.
-        """
-        check_shape("latents", latent, self.latent, *self.code_shape)
-        return self.from_codes(self.quantiser.nearest(latent))

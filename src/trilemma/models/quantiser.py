@@ -166,3 +166,39 @@ class Quantiser(nn.Module):
         self.frequency[:, :, dead] = 0
         chosen = self.share > 0  # all, unless the first batches had fewer vectors than codes
         self.codebook[chosen] = self.moment[chosen] / self.share[chosen, None]
+
+
+class Coded:
+    """From images to codes and back: what every model around a `Quantiser` can do."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    quantiser: Quantiser
+    latent: int
+    code_shape: tuple[int, int]
+
+    def codes(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
+        return self.quantiser.nearest(self.encoder(image))
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Map codes (B, h, w) to images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: codes of another shape, or that are not in the codebook.
+        """
+        self.quantiser.check(codes)
+        return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to the vectors (B, D, h, w) of their codes."""
+        return self.quantiser.vectors(self.codes(image))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map vectors (B, D, h, w), each taken as its nearest code, to images in [-1, 1].
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        check_shape("latents", latent, self.latent, *self.code_shape)
+        return self.from_codes(self.quantiser.nearest(latent))

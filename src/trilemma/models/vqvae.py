@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.model import Losses, Model, Phase
-from trilemma.models.quantiser import Quantiser
-from trilemma.networks.layers import check_shape
+from trilemma.models.quantiser import Coded, Quantiser
 
 
-class VQVAE(Model):
+class VQVAE(Coded, Model):
     """An autoencoder through a grid of codes.
 
     Args:
@@ -70,32 +69,6 @@ class VQVAE(Model):
         error = F.mse_loss(self.decoder(latent).float(), batch.image)
         told = {"error": error.detach(), "distance": distance.detach(), **self.quantiser.use()}
         return {"loss": error + self.commitment * distance, **told}
-
-    def codes(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
-        return self.quantiser.nearest(self.encoder(image))
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        """Map codes (B, h, w) to images (B, C, H, W) in [-1, 1].
-
-        Raises:
-            ValueError: codes of another shape, or that are not in the codebook.
-        """
-        self.quantiser.check(codes)
-        return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) in [-1, 1] to the vectors (B, D, h, w) of their codes."""
-        return self.quantiser.vectors(self.codes(image))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Map vectors (B, D, h, w), each taken as its nearest code, to images in [-1, 1].
-
-        Raises:
-            ValueError: latents of another shape.
-        """
-        check_shape("latents", latent, self.latent, *self.code_shape)
-        return self.from_codes(self.quantiser.nearest(latent))
 
     def sample(self, condition: Condition, rng: Rng, *, temperature: float = 1.0) -> Tensor:
         """Draw each place's code as often as it stood there in training, apart from the others.
