@@ -10,15 +10,18 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 
 import trilemma
 from trilemma.data import Dataset
+from trilemma.metrics.features import extractor
+from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.sampling import Trained
 
 matplotlib.use("Agg")
@@ -26,27 +29,46 @@ matplotlib.use("Agg")
 RUNS = Path("runs/claims")
 
 
-def options(doc: str, minutes: float, what: str) -> argparse.ArgumentParser:
-    """Return the options of every script, to which it may add its own."""
+def options(doc: str) -> argparse.ArgumentParser:
+    """Return the options of every script, to which it adds its own."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"training time {what}")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/claims"), help="where the picture is put"
     )
     return parser
 
 
-def train(
-    recipe: str, data: Dataset | Path, claim: str, minutes: float, name: str, **more: Any
-) -> Trained:
-    """Train a recipe for so many minutes into `runs/claims`, or go on with it."""
-    out = RUNS / claim / f"{name}-{60 * minutes:g}s"
-    going_on = (out / "training").exists()
+def train(recipe: str, data: Dataset | Path, claim: str, name: str, **more: Any) -> Trained:
+    """Train a recipe into `runs/claims`, or go on with it; `more` as `trilemma.train` takes it."""
+    length = f"{more['images']}" if "images" in more else f"{more['budget']:g}s"
+    out = RUNS / claim / f"{name}-{length}"
     trained = trilemma.train(
-        recipe, data, out=out, budget=60 * minutes, resume=going_on, quiet=True, **more
+        recipe, data, out=out, resume=(out / "training").exists(), quiet=True, **more
     )
     tell(f"{name} trained", **trained.progress)
     return trained
+
+
+class Distance:
+    """FD-Lite0 of pictures (N, C, H, W), uint8, to given ones."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.see = extractor("lite0")
+        self.real = statistics(self.see(images, pooled_only=True).pooled)
+
+    def __call__(self, images: np.ndarray | torch.Tensor) -> float:
+        seen = self.see(images, pooled_only=True).pooled
+        return frechet_distance(statistics(seen), self.real)
+
+    def probe(self, n: int) -> Callable[[Trained, float], dict[str, float]]:
+        """Return what measures n pictures of a model while it trains."""
+
+        def probe(trained: Trained, elapsed: float) -> dict[str, float]:
+            found = {"fd": self(trained.sample(n))}
+            tell(f"{trained.name}, {trained.progress['seen']:,} images", **found)
+            return found
+
+        return probe
 
 
 def log(trained: Trained) -> list[dict[str, Any]]:

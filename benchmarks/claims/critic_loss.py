@@ -28,9 +28,6 @@ import numpy as np
 from matplotlib import pyplot
 
 from trilemma import data as pictures
-from trilemma.metrics.features import extractor
-from trilemma.metrics.frechet import frechet_distance, statistics
-from trilemma.sampling import Trained
 
 Line = dict[str, Any]
 SMALL = [  # both sides: networks for minutes on a CPU
@@ -54,67 +51,60 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def trace(lines: list[Line], estimate: Callable[[Line], float]) -> np.ndarray:
-    """Return minutes, mean estimate since the probe before, and FD of each probe: (3, P)."""
+    """Return images, mean estimate since the probe before, and FD of each probe: (3, P)."""
     at = [i for i, line in enumerate(lines) if "probe" in line]
     found = []
     for before, here in pairwise([-1, *at]):
         heard = [estimate(line) for line in lines[before + 1 : here] if "critic/loss" in line]
         if heard:
-            found.append((lines[here]["elapsed"] / 60, np.mean(heard), lines[here]["probe"]["fd"]))
+            found.append((lines[here]["seen"], np.mean(heard), lines[here]["probe"]["fd"]))
     return np.array(found).T
 
 
 def main() -> None:
-    parser = common.options(__doc__, 3.5, "of each side")
+    parser = common.options(__doc__)
+    parser.add_argument("--images", type=int, default=100_000, help="training of each side")
     parser.add_argument("--data", default="fashion")
     parser.add_argument("--probes", type=int, default=12)
     parser.add_argument("--n", type=int, default=1000, help="pictures drawn at a probe")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     train, test = (pictures.load(given.data, split=s, multiple=4) for s in ("train", "test"))
-    see = extractor("lite0")
-    real = statistics(see(test.images, pooled_only=True).pooled)
-
-    def probe(trained: Trained, elapsed: float) -> dict[str, float]:
-        drawn = see(trained.sample(given.n), pooled_only=True).pooled
-        found = {"fd": frechet_distance(statistics(drawn), real)}
-        common.tell(f"{trained.name} after {elapsed:.0f} s", **found)
-        return found
+    probe = common.Distance(test.images).probe(given.n)
 
     rows = []
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for left, (side, (recipe, changes, estimate)) in zip(axes, SIDES.items(), strict=True):
         trained = common.train(
-            recipe, train, "critic_loss", given.minutes, f"{recipe}-seed{given.seed}",
-            seed=given.seed, overrides=[*SMALL, *changes], probe=probe, probes=given.probes,
+            recipe, train, "critic_loss", f"{recipe}-seed{given.seed}", seed=given.seed,
+            images=given.images, overrides=[*SMALL, *changes], probe=probe, probes=given.probes,
         )  # fmt: skip
-        minutes, estimates, distances = trace(common.log(trained), estimate)
-        later = slice(len(minutes) // 3, None)
+        images, estimates, distances = trace(common.log(trained), estimate)
+        later = slice(len(images) // 3, None)
         correlation = spearman(estimates, distances)
         afterwards = spearman(estimates[later], distances[later])
         common.tell(side, spearman=correlation, later=afterwards)
         rows.append(
             (
                 side,
-                f"{trained.progress['seen']:,}",
                 f"{distances[0]:.0f} to {distances[-1]:.0f}",
                 f"{estimates[0]:.3g} to {estimates[-1]:.3g}",
-                f"{correlation:.2f} ({len(minutes)})",
-                f"{afterwards:.2f} ({len(minutes[later])})",
+                f"{correlation:.2f} ({len(images)})",
+                f"{afterwards:.2f} ({len(images[later])})",
             )
         )
-        left.plot(minutes, distances, "C0o-")
-        left.set(title=side, xlabel="minutes of training", yscale="log")
+        left.plot(images, distances, "C0o-")
+        left.set(title=side, xlabel="images trained on", yscale="log")
         left.set_ylabel("FD-Lite0", color="C0")
         right = left.twinx()
-        right.plot(minutes, estimates, "C1s-")
+        right.plot(images, estimates, "C1s-")
         right.set_ylabel("critic's estimate", color="C1")
     given.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.out / "critic_loss.png", dpi=150)
     common.publish(
-        f"{given.data} at {train.shape[1]} pixels, {given.minutes:g} minutes a side, seed "
+        f"{given.data} at {train.shape[1]} pixels, {given.images:,} images a side, seed "
         f"{given.seed}; {given.n} drawn and {len(test)} test pictures at a probe.",
-        ("side", "pictures seen", "FD-Lite0", "estimate", "Spearman (probes)", "last two thirds"),
+        ("side", "FD-Lite0", "estimate", "Spearman (probes)", "last two thirds"),
         rows,
     )
 

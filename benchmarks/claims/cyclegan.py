@@ -117,7 +117,10 @@ def measure(
 
 
 def main() -> None:
-    parser = common.options(__doc__, 11, "in all")
+    parser = common.options(__doc__)
+    parser.add_argument(
+        "--images", type=int, default=20_000, help="training pictures of each designer"
+    )
     parser.add_argument("--size", type=int, default=32, help="side of the pictures")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -126,15 +129,15 @@ def main() -> None:
         write_domains(folder)
     patch = 1 if given.size <= 32 else 2  # critics see patches of about half the side
     trained = common.train(
-        "cyclegan", folder, "cyclegan", given.minutes, f"{given.size}-seed{given.seed}",
-        size=given.size, seed=given.seed,
+        "cyclegan", folder, "cyclegan", f"{given.size}-seed{given.seed}",
+        size=given.size, seed=given.seed, images=given.images,
         overrides=[*SMALL, *(f"model.critic_{domain}.depth={patch}" for domain in "ab")],
     )  # fmt: skip
     rows, pairs, sheet = measure(trained, folder, given.size)
     given.out.mkdir(parents=True, exist_ok=True)
     sheet.save(given.out / "cyclegan.png")
     common.publish(
-        f"emoji at {given.size} pixels, {given.minutes:g} minutes, {trained.progress['seen']:,} "
+        f"emoji at {given.size} pixels, {given.images:,} "
         f"pictures seen, seed {given.seed}; {pairs} test emoji by both designers.",
         COLUMNS,
         rows,

@@ -21,9 +21,6 @@ import common
 from matplotlib import pyplot
 
 from trilemma import data as pictures
-from trilemma.metrics.features import extractor
-from trilemma.metrics.frechet import frechet_distance, statistics
-from trilemma.sampling import Trained
 
 SIDES = {
     "growing": ["model.stage_images={0}", "model.fade_images={0}"],
@@ -47,7 +44,8 @@ def middle(values: list[float], form: str = ".2f") -> str:
 
 
 def main() -> None:
-    parser = common.options(__doc__, 3.5, "of each of four runs")
+    parser = common.options(__doc__)
+    parser.add_argument("--minutes", type=float, default=3.5, help="training of each of four runs")
     parser.add_argument("--data", default="fashion")
     parser.add_argument("--size", type=int, default=32, help="side of the pictures")
     parser.add_argument("--length", type=int, default=4000, help="images of a stage and of a fade")
@@ -59,14 +57,8 @@ def main() -> None:
         pictures.load(given.data, split=split, size=given.size, multiple=4)
         for split in ("train", "test")
     )
-    see = extractor("lite0")
-    real = statistics(see(test.images, pooled_only=True).pooled)
-
-    def probe(trained: Trained, elapsed: float) -> dict[str, float]:
-        drawn = see(trained.sample(given.n), pooled_only=True).pooled
-        found = {"fd": frechet_distance(statistics(drawn), real)}
-        common.tell(f"{elapsed:.0f} s, {trained.progress['seen']} images", **found)
-        return found
+    distance = common.Distance(test.images)
+    probe = distance.probe(given.n)
 
     traces: dict[str, list[Trace]] = {side: [] for side in SIDES}
     seen: dict[str, list[int]] = {side: [] for side in SIDES}
@@ -74,10 +66,10 @@ def main() -> None:
         for side, changes in SIDES.items():
             growth = [change.format(given.length) for change in changes]
             trained = common.train(
-                "progan", train, "progressive", given.minutes,
+                "progan", train, "progressive",
                 f"{side.replace(' ', '-')}-{given.size}-{given.length}-seed{seed}", seed=seed,
-                overrides=["train.grids=0", "train.watches=0", *growth], probe=probe,
-                probes=given.probes,
+                budget=60 * given.minutes, probe=probe, probes=given.probes,
+                overrides=["train.grids=0", "train.watches=0", *growth],
             )  # fmt: skip
             probed = [line for line in common.log(trained) if "probe" in line]
             traces[side].append([(line["elapsed"] / 60, line["probe"]["fd"]) for line in probed])
@@ -111,9 +103,7 @@ def main() -> None:
             for times in (growing, full)
         )
         rows.append((f"minutes to FD-Lite0 {target:.0f}", *cells, ratio))
-    floor = frechet_distance(
-        statistics(see(train.images[: given.n], pooled_only=True).pooled), real
-    )
+    floor = distance(train.images[: given.n])
     common.publish(
         f"{given.data} at {train.shape[1]} pixels, {given.minutes:g} minutes a run, {given.seeds} "
         f"seeds (mean, least to most); {given.n} drawn and {len(test)} test pictures at a probe; "

@@ -35,7 +35,15 @@ SHOWN = 8  # tiles
 
 
 def main() -> None:
-    parser = common.options(__doc__, 6.5, "of each of the two")
+    parser = common.options(__doc__)
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs=2,
+        default=[40_000, 20_000],
+        metavar="N",
+        help="tiles that srresnet and srgan are trained on",
+    )
     parser.add_argument("--data", required=True, help="folder of photographs")
     parser.add_argument("--size", type=int, default=64, help="side of the tiles")
     parser.add_argument("--content", default="pixels", help="of srgan: pixels or vgg")
@@ -45,15 +53,15 @@ def main() -> None:
     name = f"{given.size}-seed{given.seed}"
     shared = {"size": given.size, "seed": given.seed}
     srresnet = common.train(
-        "srresnet", given.data, "srgan", given.minutes, f"srresnet-{name}", **shared,
-        overrides=[
+        "srresnet", given.data, "srgan", f"srresnet-{name}", **shared,
+        images=given.images[0], overrides=[
             *SMALL, "train.optimizer.type=muon", "train.optimizer.lr=5e-3",
             "train.optimizer.adam_lr=1e-3", "train.schedule=cosine",
         ],
     )  # fmt: skip
     srgan = common.train(
-        "srgan", given.data, "srgan", given.minutes, f"srgan-{given.content}-{name}", **shared,
-        overrides=[
+        "srgan", given.data, "srgan", f"srgan-{given.content}-{name}", **shared,
+        images=given.images[1], overrides=[
             *SMALL, "model.critic.width=32", f"model.content={given.content}", "train.batch=8",
             "train.optimizer.lr=2e-4", "train.watches=0",
         ],
@@ -82,8 +90,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     grid(torch.cat(shown), SHOWN).save(given.out / "srgan.png")
     common.publish(
-        f"{given.data}, tiles of {given.size} pixels enlarged {factor} times, {given.minutes:g} "
-        f"minutes each, seed {given.seed}, content of srgan: {given.content}; {len(images)} tiles "
+        f"{given.data}, tiles of {given.size} pixels enlarged {factor} times, "
+        f"seed {given.seed}, content of srgan: {given.content}; {len(images)} tiles "
         f"of the test photographs.",
         ("way", "tiles seen", "PSNR", "SSIM", "FD-Lite0 of tiles"),
         rows,
