@@ -63,7 +63,7 @@ def trace(lines: list[Line], estimate: Callable[[Line], float]) -> np.ndarray:
 
 def main() -> None:
     parser = common.options(__doc__)
-    parser.add_argument("--images", type=int, default=100_000, help="training of each side")
+    parser.add_argument("--images", type=int, default=60_000, help="training of each side")
     parser.add_argument("--data", default="fashion")
     parser.add_argument("--probes", type=int, default=12)
     parser.add_argument("--n", type=int, default=1000, help="pictures drawn at a probe")
