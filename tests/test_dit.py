@@ -90,11 +90,11 @@ def test_time_and_condition_are_heard(conditioning, positions):
     out = network(x, time, Embedded(vector=vector, image=image))
     for other in (
         network(x, time + 0.1, Embedded(vector=vector, image=image)),
-        network(x, time, Embedded(vector=vector + 1, image=image)),
+        network(x, time, Embedded(vector=vector.flip(1), image=image)),
         network(x, time, Embedded(vector=vector, image=image + 1)),
         network(x, time, Embedded(image=image)),
     ):
-        assert (out - other).abs().max() > 1e-4
+        assert (out - other).abs().max() > 1e-3
 
 
 @every_conditioning

@@ -48,6 +48,16 @@ def test_a_convolution_and_a_linear_layer_are_counted_exactly():
     assert step["flops"] == 2 * conv["flops"] + 2 * 3 * linear["flops"]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_takes_as_much_again_for_each_gradient(kind, groups):
+    layer = kind(8, 16, 3, stride=2, groups=groups)
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    forwards = flops(lambda: layer(x))
+    assert forwards == 2 * 2 * (81 if kind is nn.ConvTranspose2d else 16) * 9 * 8 * 16 / groups
+    assert flops(lambda: layer(x).sum().backward()) == 3 * forwards
+
+
 def test_attention_is_counted_on_a_cpu_too():
     network = DiT(4, 8, 32, width=64, depth=2, heads=2)
     x, time, vector = torch.randn(1, 4, 32, 32), torch.rand(1), torch.randn(1, 64)

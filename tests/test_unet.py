@@ -175,8 +175,9 @@ def test_upsampling_and_convolution_in_one():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_attention_is_a_softmax_average(dtype, tolerance):
-    q, k, v = torch.randn(3, 2, 4, 9, 8).to(dtype).unbind(0)
+@pytest.mark.parametrize("learns", [False, True])
+def test_attention_is_a_softmax_average(dtype, tolerance, learns):
+    q, k, v = torch.randn(3, 2, 4, 9, 8).to(dtype).requires_grad_(learns).unbind(0)
     weights = torch.softmax(q.double() @ k.double().mT / 8**0.5, dim=-1)
     expected = weights @ v.double()
     assert torch.allclose(attend(q, k, v).double(), expected, atol=tolerance)

@@ -8,8 +8,9 @@ activations in float32; in bfloat16 most take half.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from trilemma import recipe
 from trilemma.batch import Batch, Condition, Rng
@@ -29,12 +36,24 @@ PICTURES = 4  # of the batch; some layers look at several
 CLASSES = 10
 LATE = 10**12  # images seen: so that a step has all that comes in later in training
 
-# Attention on a CPU is not in torch's own table.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, mask: Sequence[bool], **named: Any,
+) -> int:  # fmt: skip
+    """The gradients of the input and of the weights each take what the convolution took."""
+    places = x[0] * math.prod((x if transposed else grad)[2:])
+    return 2 * places * math.prod(weight) * sum(mask[:2])
+
+
+# Torch's own table has no attention on a CPU, and its convolution_backward forgets groups.
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: shape_wrapper(_convolution_backward),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
         lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v)
     ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
         lambda out, q, k, v, *rest, **named: sdpa_backward_flop_count(out, q, k, v)
     ),
 }
@@ -81,9 +100,25 @@ def _noise(size: int) -> Batch:
 
 def flops(work: Callable[[], object]) -> int:
     """Return the floating-point operations of `work`; a multiply-add is two."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with _Counter() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up operations while it is open.
+
+    As torch's FlopCounterMode, which cannot be open while a loss takes a gradient of its own.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in _FORMULAS:
+            formula = _FORMULAS[func._overloadpacket]
+            self.total += formula(*args, **(kwargs or {}), out_val=made)
+        return made
 
 
 def _step(model: Model, batch: Batch) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -104,7 +139,7 @@ def _step(model: Model, batch: Batch) -> tuple[list[dict[str, Any]], dict[str, f
         }
         for name, network in meter.networks.items()
     ]
-    step = {"flops": sum(meter.totals) / count, "activations": meter.most_of_all / count}
+    step = {"flops": meter.total / count, "activations": meter.most_of_all / count}
     return rows, step
 
 
@@ -117,15 +152,15 @@ class _Meter:
         flops: of each network, forwards.
         most: bytes that a phase kept of each network, the largest of any phase.
         most_of_all: bytes that a phase kept, the largest of any phase.
-        totals: of each phase, forwards and backwards.
+        total: operations of all phases, forwards and backwards.
     """
 
     def __init__(self, model: Model) -> None:
         self.networks = dict(_networks("", model))
         self.passes, self.flops, self.most = Counter[str](), Counter[str](), Counter[str]()
-        self.most_of_all, self.totals = 0, list[int]()
+        self.most_of_all = self.total = 0
         self._own = {t.untyped_storage().data_ptr() for t in _tensors(model)}
-        self._counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        self._counter = _Counter()
         self._within: list[tuple[str, int]] = []  # networks at work, and the operations before
         for name, network in self.networks.items():
             for module in network.modules():
@@ -133,19 +168,20 @@ class _Meter:
                 module.register_forward_hook(self._leave)
 
     def _enter(self, name: str, whole: bool, module: nn.Module, given: tuple) -> None:
-        self._within.append((name, self._counter.get_total_flops()))
+        self._within.append((name, self._counter.total))
         if whole:
             self.passes[name] += next((len(x) for x in given if isinstance(x, Tensor)), 0)
 
     def _leave(self, module: nn.Module, given: tuple, made: Any) -> None:
         name, before = self._within.pop()
         if name not in (other for other, _ in self._within):
-            self.flops[name] += self._counter.get_total_flops() - before
+            self.flops[name] += self._counter.total - before
 
     @contextmanager
     def phase(self) -> Iterator[None]:
         """Count while inside."""
         kept, boxes, sizes = set(self._own), list[list[Tensor]](), Counter[str]()
+        before = self._counter.total
 
         def keep(tensor: Tensor) -> list[Tensor]:
             storage = tensor.untyped_storage()
@@ -157,7 +193,7 @@ class _Meter:
 
         with self._counter, saved_tensors_hooks(keep, lambda box: box[0]):
             yield
-        self.totals.append(self._counter.get_total_flops())
+        self.total += self._counter.total - before
         for box in boxes:  # the graph held them, and they the graph
             box.clear()
         self.most |= sizes

@@ -41,6 +41,7 @@ from trilemma.networks.layers import (
 )
 
 CHUNK = 64  # steps that are done in one matrix product
+FORGOTTEN = -20.0  # a logarithm: 2e-9 of a state is left
 STEPS = (1e-3, 1e-1)  # range of d_t at first
 ORDERS = ("rows", "columns", "zigzag", "rows-reversed", "columns-reversed", "zigzag-reversed")
 
@@ -54,8 +55,9 @@ def scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK)
         y_t = exp(l_t) c_t h + sum_{s <= t} exp(l_t - l_s) (c_t b_s) x_s
 
     which are matrix products for the whole chunk; only the states at the ends of chunks are made
-    one after the other. All exponents are at most 0, so that nothing overflows, and what underflows
-    is forgotten rightly. Work and memory are linear in the number of steps.
+    one after the other. All exponents are at most 0, so that nothing overflows. A step that leaves
+    less than e^-20 of the state leaves that much: it keeps the sums small, whose differences are
+    taken. Work and memory are linear in the number of steps.
 
     Args:
         x: inputs (B, N, H, P).
@@ -75,7 +77,7 @@ def scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK)
     log = F.pad(log_decay, pad).unflatten(1, (-1, chunk)).transpose(2, 3)  # (B, K, H, Q)
     b, c = (F.pad(m, pad).unflatten(1, (-1, chunk)) for m in (b, c))  # (B, K, Q, S)
 
-    log = log.cumsum(-1)
+    log = log.clamp(min=FORGOTTEN).cumsum(-1)
     ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     between = (log[..., :, None] - log[..., None, :]).masked_fill(ahead, -math.inf).exp()
     within = between.to(x.dtype) * (c @ b.mT)[:, :, None]  # (B, K, H, Q, Q)
