@@ -223,6 +223,7 @@ def test_cross_attention_costs_more_operations_than_adaln():
     assert 1.1 < counts["cross-attention"] / counts["adaln"] < 1.2  # the paper: about 15% more
 
 
+@pytest.mark.slow
 def test_parity_with_diffusers():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DiTTransformer2DModel(
