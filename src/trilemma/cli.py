@@ -126,11 +126,28 @@ def _say(result: Any) -> None:
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
+def models(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Only these.", show_default="all")
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Count parameters, operations and memory of the networks."),
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(min=4, help="Of the pictures to profile.", show_default="the recipe's own"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the packaged recipes: what each is, what data it needs, what it is for."""
     from trilemma import recipe
 
-    rows = [{"name": name, **recipe.load(name)["about"]} for name in recipe.names()]
+    chosen = recipes or recipe.names()
+    if profile:
+        _profile(chosen, size, as_json)
+        return
+    rows = [{"name": name, **recipe.load(name)["about"]} for name in chosen]
     if as_json:
         _say(rows)
         return
@@ -146,6 +163,42 @@ def models(as_json: Json = False) -> None:
         told = f"{row['summary']}\n[dim]{row['paper']}[/]"
         table.add_row(row["name"], row["family"], count(row["parameters"]), needs, told)
     Console(highlight=False).print(table)
+
+
+def _profile(recipes: list[str], size: int | None, as_json: bool) -> None:
+    """Show what the networks of recipes take; of several, those that cannot be built say why."""
+    from trilemma.profile import profile
+
+    rows = []
+    for name in _track(recipes):
+        try:
+            rows.append(profile(name, size))
+        except UserError as error:
+            if len(recipes) == 1:
+                raise
+            screen.print(f"left out: {name}: {error}", markup=False)
+    if as_json:
+        _say(rows)
+        return
+    from rich.table import Table
+
+    from trilemma.log import count
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("recipe", "pixels", "network", "parameters", "FLOPs", "activations"):
+        table.add_column(title, no_wrap=True, justify="left" if title == "recipe" else "right")
+    for row in rows:
+        place, step = (row["recipe"], f"{row['size']}"), row["step"]
+        parts = [(f"{part['name']}: {part['type']}", part) for part in row["networks"]]
+        parts += [("training step", {"parameters": row["parameters"], **step})]
+        for told, part in parts:
+            taken = [count(part[key]) for key in ("parameters", "flops", "activations")]
+            table.add_row(*place, told, *taken, end_section=part is parts[-1][1])
+            place = "", ""
+    Console(highlight=False).print(table)
+    screen.print(
+        "For one picture of 3 channels; a multiply-add is 2 FLOPs, activations are float32 bytes."
+    )
 
 
 @data_app.command("check")

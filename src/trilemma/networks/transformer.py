@@ -13,11 +13,10 @@ one position's layers, and a look at the positions before.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST = 100.0  # longest over shortest wavelength of the turns; the shortest is 2 pi places
+from trilemma.networks.layers import turned, turns
 
 
 class Cache:
@@ -65,7 +64,7 @@ class Layer(nn.Module):
         batch, count, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, t, D) each
-        q, k = _turned(q, turn), _turned(k, turn)
+        q, k = turned(q, turn), turned(k, turn)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         causal = count == k.shape[2]  # else one position that attends to all before it
@@ -108,18 +107,3 @@ class CausalTransformer(nn.Module):
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
-
-
-def turns(place: Tensor, dim: int) -> Tensor:
-    """Cosine and sine (2, t, dim / 2) of the angles at places (t, 2), half for each axis."""
-    count = dim // 4
-    frequency = LONGEST ** -(torch.arange(count, device=place.device) / count)
-    angle = (place[:, :, None].float() * frequency).flatten(1)  # (t, dim / 2)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) of (B, heads, t, D)."""
-    cos, sin = turn.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

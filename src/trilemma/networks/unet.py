@@ -10,17 +10,27 @@ with self-attention on the levels whose feature maps are small, a strided convol
 next level, nearest-neighbour upsampling and a convolution up again, and every output of the way
 down concatenated to the input of its mirror block on the way up. The last convolution of each
 residual block starts at zero, so a new network is nearly the identity between its skips.
+
+With `norm = "scale-shift"`, `resample = "biggan"`, heads of 64 channels and attention on several
+levels it is the ADM of Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis",
+section 3: the second normalisation of each residual block is scaled and shifted by e instead,
+
+    h = conv((1 + scale(e)) norm(h) + shift(e))          (AdaGN)
+
+and levels are joined by residual blocks whose two branches are both resampled, as in BigGAN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.networks.layers import Embedded, GroupNorm, attend, sinusoidal, upsample_conv
+
+Resample = Callable[[Tensor], Tensor]
 
 
 def _norm(channels: int) -> GroupNorm:
@@ -33,25 +43,62 @@ def _zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions with a time shift between them, added to the input."""
+def _halve(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, told the time between them, added to the input.
+
+    Args:
+        inputs: channels.
+        outputs: channels.
+        embedding: width of the time embedding.
+        dropout: probability of dropping a feature before the second convolution.
+        scale_shift: the time scales and shifts normalised features; else it shifts features.
+        resample: halves or doubles the map, of the input and before the first convolution.
+        rescale: divides the sum by sqrt(2), so that its variance stays: Song et al. 2021,
+            "Score-Based Generative Modeling through Stochastic Differential Equations".
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        scale_shift: bool = False,
+        resample: Resample | None = None,
+        rescale: bool = False,
+    ) -> None:
         super().__init__()
+        self.scale_shift, self.resample, self.rescale = scale_shift, resample, rescale
         self.norm_in = _norm(inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.shift = nn.Linear(embedding, outputs)
+        self.shift = nn.Linear(embedding, 2 * outputs if scale_shift else outputs)
         self.norm_out = _norm(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, inputs, H, W), told by silu(e) (B, D), to (B, outputs, H, W)."""
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        h = h + self.shift(embedding).float()[:, :, None, None]
-        h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
-        return self.skip(x) + h
+        """Map (B, inputs, H, W), told by silu(e) (B, D), to (B, outputs, H', W')."""
+        h = F.silu(self.norm_in(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv_in(h)
+        told = self.shift(embedding).float()[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        else:
+            h = self.norm_out(h + told)
+        h = self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+        return h * 0.5**0.5 if self.rescale else h
 
 
 class Attention(nn.Module):
@@ -117,6 +164,9 @@ class UNet(nn.Module):
         dropout: probability of dropping a feature inside residual blocks.
         head_channels: channels of an attention head; one head if None, as in Ho et al.
         embedding_dim: width of the time embedding, and of `embedded.vector`; 4 * channels if None.
+        norm: shift or scale-shift: what the time does between a residual block's convolutions.
+        resample: conv, one convolution between levels; or biggan, a residual block.
+        rescale: whether the sums of residual blocks are divided by sqrt(2).
     """
 
     def __init__(
@@ -132,8 +182,17 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         head_channels: int | None = None,
         embedding_dim: int | None = None,
+        norm: str = "shift",
+        resample: str = "conv",
+        rescale: bool = False,
     ) -> None:
         super().__init__()
+        for what, said, known in (
+            ("norm", norm, ("shift", "scale-shift")),
+            ("resample", resample, ("conv", "biggan")),
+        ):
+            if said not in known:
+                raise ValueError(f"{what} '{said}' is not one of {', '.join(known)}")
         self.multiple = patch * 2 ** (len(multipliers) - 1)
         self._check_size(size, size)
         self.in_channels, self.channels, self.patch = in_channels, channels, patch
@@ -144,10 +203,27 @@ class UNet(nn.Module):
             nn.Linear(self.embedding_dim, self.embedding_dim),
         )
 
-        def level(inputs: int, outputs: int, resolution: int) -> Level:
-            block = ResidualBlock(inputs, outputs, self.embedding_dim, dropout)
-            attends = resolution in attention
+        def level(
+            inputs: int, outputs: int, attends: bool, change: Resample | None = None
+        ) -> Level:
+            block = ResidualBlock(
+                inputs,
+                outputs,
+                self.embedding_dim,
+                dropout,
+                scale_shift=norm == "scale-shift",
+                resample=change,
+                rescale=rescale,
+            )
             return Level(block, Attention(outputs, head_channels) if attends else None)
+
+        def down(width: int) -> nn.Module:
+            if resample == "biggan":
+                return level(width, width, False, _halve)
+            return nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+        def up(width: int) -> nn.Module:
+            return level(width, width, False, _double) if resample == "biggan" else Upsample(width)
 
         width, resolution = channels, size // patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
@@ -155,29 +231,22 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for depth, multiplier in enumerate(multipliers):
             if depth:
-                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.down.append(down(width))
                 skips.append(width)
                 resolution //= 2
             for _ in range(blocks):
-                self.down.append(level(width, multiplier * channels, resolution))
+                self.down.append(level(width, multiplier * channels, resolution in attention))
                 width = multiplier * channels
                 skips.append(width)
-        self.middle = nn.ModuleList(
-            [
-                Level(
-                    ResidualBlock(width, width, self.embedding_dim, dropout),
-                    Attention(width, head_channels),
-                ),
-                Level(ResidualBlock(width, width, self.embedding_dim, dropout), None),
-            ]
-        )
+        self.middle = nn.ModuleList([level(width, width, True), level(width, width, False)])
         self.up = nn.ModuleList()
         for depth, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
-                self.up.append(level(width + skips.pop(), multiplier * channels, resolution))
+                attends = resolution in attention
+                self.up.append(level(width + skips.pop(), multiplier * channels, attends))
                 width = multiplier * channels
             if depth:
-                self.up.append(Upsample(width))
+                self.up.append(up(width))
                 resolution *= 2
         self.norm_out = _norm(width)
         self.conv_out = _zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
@@ -208,9 +277,11 @@ class UNet(nn.Module):
         for module in self.middle:
             x = module(x, e)
         for module in self.up:
-            if isinstance(module, Level):
-                x = module(torch.cat([x, skips.pop()], dim=1), e)
-            else:
+            if isinstance(module, Upsample):
                 x = module(x)
+            elif module.block.resample is not None:
+                x = module(x, e)
+            else:
+                x = module(torch.cat([x, skips.pop()], dim=1), e)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch)
