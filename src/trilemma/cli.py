@@ -512,7 +512,7 @@ def edit_vary(
     chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
     made = redraw.vary(trained, images, strength, n, seed=seed, label=label, track=_track, **chosen)
     facts: dict[str, Any] = {"edit": "vary", "pictures": names, "strength": strength, "seed": seed}
-    facts |= {"label": label, "sample": trained.options(chosen)}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     rows = torch.cat([images[:, None], made], 1)[:16]
     sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
@@ -554,12 +554,11 @@ def edit_inpaint(
     names, images = _read(trained, pictures)
     hidden = redraw.read_mask(mask, pictures, images.shape[2])
     chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
     made = redraw.inpaint(
         trained, images, hidden, n, seed=seed, label=label, track=_track, **chosen
     )
     facts: dict[str, Any] = {"edit": "inpaint", "pictures": names, "mask": str(mask), "seed": seed}
-    facts |= {"label": label, "sample": trained.options(chosen, "inpaint")}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label, "inpaint")}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = torch.where(hidden, 128, images)
     rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
@@ -592,13 +591,13 @@ def edit_outpaint(
     trained = sampling.load(run, device)
     names, images = _read(trained, pictures)
     chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
     margins = (top, bottom, left, right)
     made = redraw.outpaint(
         trained, images, margins, n, seed=seed, label=label, track=_track, **chosen
     )
     facts: dict[str, Any] = {"edit": "outpaint", "pictures": names, "margins": margins}
-    facts |= {"seed": seed, "label": label, "sample": trained.options(chosen, "inpaint")}
+    facts |= {"seed": seed, "label": label}
+    facts |= {"sample": redraw.told(trained, chosen, label, "inpaint")}
     _wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=max(n, 4)), as_json)
 
 
@@ -632,7 +631,7 @@ def edit_repair(
     chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
     made = redraw.repair(trained, sources, n, seed=seed, label=label, track=_track, **chosen)
     facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
-    facts |= {"seed": seed, "label": label, "sample": trained.options(chosen)}
+    facts |= {"seed": seed, "label": label, "sample": redraw.told(trained, chosen, label)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
     rows = torch.cat([given[:, None], made], 1)[:64]

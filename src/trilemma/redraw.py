@@ -224,8 +224,8 @@ def repair(
 
     def draw(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given = to_float(part).to(rng.device)
-        told = Condition(condition.count, condition.label, source=given)
-        return to_uint8(trained.generator.sample(told, rng, **chosen)).cpu()
+        condition = Condition(condition.count, condition.label, source=given)
+        return to_uint8(trained.generator.sample(condition, rng, **chosen)).cpu()
 
     return _drawn(trained, sources, n, seed, _label(trained, label, options), track, draw)
 
@@ -313,6 +313,18 @@ def read_mask(mask: str | Path, pictures: str | Path, side: int) -> Tensor:
     return found
 
 
+def told(
+    trained: Trained, given: dict[str, Any], label: str | int | None, verb: str = "sample"
+) -> dict[str, Any]:
+    """Return the complete options of a verb, as they are written down: `Trained.options`.
+
+    Without a label nothing is guided by one, whatever the recipe's default.
+    """
+    if label is None and given.get("guidance") is None:
+        given = {**given, "guidance": 1.0}
+    return trained.options(given, verb)
+
+
 def _sizes(pictures: str | Path) -> dict[str, tuple[int, int]]:
     """Return the width and height of each picture that can be used, upright."""
     path = Path(pictures).expanduser()
@@ -375,10 +387,9 @@ def _painting(
 def _options(
     trained: Trained, opened: dict[str, Any], label: str | int | None, verb: str
 ) -> dict[str, Any]:
-    """Return the arguments of the family's verb; without a label nothing is guided by one."""
-    if label is None:
-        opened = {"guidance": 1.0, **opened}
-    return trained.arguments({**trained.options(opened, verb), **opened})
+    """Return the arguments of the family's verb."""
+    given = {name: value for name, value in opened.items() if value is not None}
+    return trained.arguments({**told(trained, given, label, verb), **given})
 
 
 def _label(

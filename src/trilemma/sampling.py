@@ -280,7 +280,7 @@ class Trained:
             yield to_uint8(images).cpu()
 
     def arguments(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Return opened options as the family's `sample` takes them: all that guides as one."""
+        """Return opened options as the family's own function takes them: all that guides as one."""
         given = {name: value for name, value in chosen.items() if value is not None}
         guiding = {GUIDANCE[name]: given.pop(name) for name in GUIDANCE if name in given}
         if guiding.keys() <= {"scale"}:
