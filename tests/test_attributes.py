@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny
@@ -88,3 +89,15 @@ def test_a_model_of_classes_takes_no_attributes(tmp_path):
     trained = training.train("cgan", data, steps=1, **options)
     with pytest.raises(UserError, match="without attributes"):
         trained.sample(1, attributes=["bright"])
+
+
+def test_a_diffusion_model_of_attributes(folder, tmp_path):
+    spec = 'model.conditioner={type="conditioning.Attributes", attributes="@attributes", dim=128}'
+    changes = [*tiny.overrides("quick-diffusion"), spec]
+    out = tmp_path / "run"
+    training.train("quick-diffusion", folder, out=out, steps=3, overrides=changes, quiet=True)
+    trained = sampling.load(out)
+    assert trained.options({})["guidance"] == 1.5
+    bright = trained.sample(2, attributes=["bright"], steps=2, guidance=8.0)
+    dark = trained.sample(2, attributes=[], steps=2, guidance=8.0)
+    assert not torch.equal(bright, dark)

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import comparison, edit, recipe, sampling, training
+from trilemma import comparison, edit, recipe, redraw, sampling, training
+from trilemma.batch import Rng, to_float, to_uint8
+from trilemma.conditioning import SOURCES, source_of
 from trilemma.data import batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -20,7 +22,7 @@ from trilemma.translation import translate
 from trilemma.upscale import enlarge
 
 RECIPES = recipe.names()
-OTHERS = (tiny.translates, tiny.enlarges, tiny.restores)
+OTHERS = (tiny.translates, tiny.enlarges, tiny.restores, tiny.repairs, tiny.classifies)
 DRAWING = [name for name in RECIPES if not any(other(name) for other in OTHERS)]
 
 
@@ -209,6 +211,49 @@ def test_restorations(name, data, tmp_path):
     with pytest.raises(UserError, match="draws no pictures.*trilemma edit reconstruct"):
         trained.sample(1)
     with pytest.raises(UserError, match="restores pictures and draws none"):
+        comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.repairs(name)])
+def test_repairs(name, data, tmp_path):
+    changes = [*tiny.overrides(name), "train.grids=1", "sample.steps=2"]
+    trained = fit(name, data, tmp_path / "run", steps=2, overrides=changes)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
+    images, source = data.tensor(slice(6)), source_of(trained.model)
+    loaded = sampling.load(tmp_path / "run")
+    if source.kind == "masked":
+        mask = torch.zeros(images.shape[2:], dtype=torch.bool)
+        mask[:5, 3:] = True
+
+        def draw(model, part, seed=0):
+            return redraw.inpaint(model, part, mask, seed=seed, steps=2)[:, 0]
+
+        assert torch.equal(draw(trained, images)[:, :, ~mask], images[:, :, ~mask])
+    else:
+        images = to_uint8(SOURCES[source.kind](to_float(images), Rng(range(6)), source.factor))
+
+        def draw(model, part, seed=0):
+            return redraw.repair(model, part, seed=seed)[:, 0]
+
+    made = draw(trained, images)
+    assert made.shape == (6, *data.shape) and made.dtype == torch.uint8
+    assert torch.equal(draw(loaded, images), made), "a reloaded model differs"
+    apart = torch.cat([draw(trained, images[i : i + 2], i) for i in (0, 2, 4)])
+    assert (apart.int() - made.int()).abs().max() <= 2, "a picture depends on its batch"
+    with pytest.raises(UserError, match="trilemma edit repair"):
+        trained.sample(1)
+    with pytest.raises(UserError, match="repairs pictures and draws none"):
+        comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.classifies(name)])
+def test_classifiers(name, data, tmp_path):
+    changes = [*tiny.overrides(name), "train.grids=1"]
+    trained = fit(name, data, tmp_path / "run", steps=2, overrides=changes)
+    assert not trained.draws and not (tmp_path / "run" / "samples").exists()
+    with pytest.raises(UserError, match="draws no pictures.*--classifier"):
+        trained.sample(1)
+    with pytest.raises(UserError, match="tells classes and draws none of its own"):
         comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
 
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import tiny
 from trilemma import cli, comparison, data, training, upscale
 from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
+from trilemma.conditioning import shrink
 from trilemma.errors import UserError
 from trilemma.metrics.restoration import luma, psnr, ssim
-from trilemma.models.srgan import SRGAN, SRResNet, shrink
+from trilemma.models.srgan import SRGAN, SRResNet
 from trilemma.networks import perceptual
 from trilemma.networks.srresnet import Critic, Generator
 from trilemma.run import start_from

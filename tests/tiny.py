@@ -34,6 +34,7 @@ SMALL: dict[str, dict] = {
     "models.first_stage.AutoencoderKL": {"start": 0, "weights": "none"},  # critic from the start
     "models.first_stage.VQGAN": {"start": 0, "weights": "none"},
     "networks.quick_unet.QuickUNet": {"channels": [16, 24], "blocks": [1, 1]},
+    "networks.quick_unet.QuickClassifier": {"channels": [16, 24], "blocks": [1, 1]},
     "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
@@ -80,6 +81,16 @@ def enlarges(name: str) -> bool:
 def restores(name: str) -> bool:
     """Whether a packaged recipe is a first stage, which draws nothing by itself."""
     return recipe.load(name)["model"]["type"].startswith("models.first_stage.")
+
+
+def repairs(name: str) -> bool:
+    """Whether a packaged recipe draws what given pictures lack."""
+    return recipe.load(name).get("data", {}).get("pair") == "damaged"
+
+
+def classifies(name: str) -> bool:
+    """Whether a packaged recipe tells classes, and draws nothing."""
+    return recipe.load(name)["model"]["type"] == "models.classifier.Classifier"
 
 
 def domains(folder: Path) -> Path:

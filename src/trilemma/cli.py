@@ -56,6 +56,14 @@ def number(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
 
 
+def numbers(text: str) -> list[float]:
+    """Read `0.2,3` as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected numbers such as 0.2,3") from None
+
+
 def upper_part(text: str) -> float:
     """Read `top`, or a share of the height such as `0.5`."""
     try:
@@ -263,9 +271,13 @@ def train(
             asked = f"translate {trained.path} PICTURES"
         elif trained.enlarges:
             asked = f"upscale {trained.path} PICTURES"
+        elif trained.repairs:
+            asked = f"edit repair {trained.path} PICTURES"
+        elif trained.classifies:
+            asked = f"sample DIFFUSION_RUN --classifier {trained.path}"
         elif not trained.draws:
             asked = f"edit reconstruct {trained.path} PICTURES"
-        screen.print(f"next: trilemma {asked} --out {trained.path}/pictures")
+        screen.print(f"next: trilemma {asked} --out {trained.path}/pictures", soft_wrap=True)
 
 
 @app.command()
@@ -286,13 +298,51 @@ def sample(
     steps: Steps = None,
     solver: Solver = None,
     guidance: Guidance = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(metavar="LOW,HIGH", help="Guide only where sigma / alpha is between: 0.2,3."),
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="0 to 1: take back the contrast that guidance adds.")
+    ] = None,
+    guide_with: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Guide by the difference to a weaker model.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Guide by a run of the recipe classifier.")
+    ] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option(help="Strength of that.", show_default="1")
+    ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Guide by any differentiable function of pictures: trilemma.guides:symmetry.",
+        ),
+    ] = None,
+    guide_scale: Annotated[
+        float | None, typer.Option(help="Strength of that.", show_default="1")
+    ] = None,
     option: Option = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a trained model, as numbered PNGs and a grid."""
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    chosen = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval and numbers(guidance_interval),
+        "guidance_rescale": guidance_rescale,
+        "guide_with": guide_with,
+        "classifier": classifier,
+        "classifier_scale": classifier_scale,
+        "guide": guide,
+        "guide_scale": guide_scale,
+        **options(option or []),
+    }
     from rich.progress import track
 
     from trilemma import sampling
@@ -308,11 +358,11 @@ def sample(
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
 
 
-def _read(trained: Any, source: str) -> tuple[list[str], Any]:
-    """Read pictures as a model wants them, and tell of those that cannot be used."""
+def _read(trained: Any, source: str, shape: Any = None) -> tuple[list[str], Any]:
+    """Read pictures as a model wants them, or of a shape, and tell of those that cannot be used."""
     from trilemma import data
 
-    names, images, skipped = data.pictures(source, trained.data["shape"])
+    names, images, skipped = data.pictures(source, shape or trained.data["shape"])
     for name, reason in skipped.items():
         screen.print(f"left out: {name}: {reason}", markup=False)
     return names, images
@@ -477,6 +527,169 @@ def edit_denoise(
         screen.print(f"PSNR {before:.1f} dB with the noise, {after:.1f} dB without")
         told = {"psnr_noisy": before, "psnr": after}
     _wrote(paths, as_json, **told)
+
+
+Each = Annotated[int, typer.Option("-n", "--n", min=1, help="Pictures drawn of each.")]
+Label = Annotated[str | None, typer.Option(help="A class.", show_default="nothing is said")]
+Resample = Annotated[
+    int | None, typer.Option(min=1, help="How often each step is taken.", show_default="10")
+]
+
+
+@edit_app.command("vary")
+def edit_vary(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    strength: Annotated[float, typer.Option(help="Above 0; 1 keeps nothing of the picture.")] = 0.6,
+    n: Each = 4,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures that are like the given ones; with --label, of another class.
+
+    A row of the sheet is the picture and its variations.
+    """
+    import torch
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    made = redraw.vary(trained, images, strength, n, seed=seed, label=label, track=_track, **chosen)
+    facts: dict[str, Any] = {"edit": "vary", "pictures": names, "strength": strength, "seed": seed}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    rows = torch.cat([images[:, None], made], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    _wrote(paths, as_json)
+
+
+@edit_app.command("inpaint")
+def edit_inpaint(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    mask: Annotated[
+        Path,
+        typer.Option(
+            help="A picture of the same proportions, white (or, if it has transparency, "
+            "transparent) where to draw.",
+            show_default=False,
+        ),
+    ],
+    n: Each = 4,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    resample: Resample = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what a mask hides; the rest stays as it is.
+
+    A row of the sheet is what is given, what was drawn, and the original.
+    """
+    import torch
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    hidden = redraw.read_mask(mask, pictures, images.shape[2])
+    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
+    made = redraw.inpaint(
+        trained, images, hidden, n, seed=seed, label=label, track=_track, **chosen
+    )
+    facts: dict[str, Any] = {"edit": "inpaint", "pictures": names, "mask": str(mask), "seed": seed}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label, "inpaint")}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = torch.where(hidden, 128, images)
+    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    _wrote(paths, as_json)
+
+
+@edit_app.command("outpaint")
+def edit_outpaint(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    top: Annotated[int, typer.Option(min=0, help="Pixels to add, of the model's size.")] = 0,
+    bottom: Annotated[int, typer.Option(min=0)] = 0,
+    left: Annotated[int, typer.Option(min=0)] = 0,
+    right: Annotated[int, typer.Option(min=0)] = 0,
+    n: Each = 1,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    resample: Resample = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Extend the canvas: draw what is beyond the borders."""
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = _read(trained, pictures)
+    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
+    margins = (top, bottom, left, right)
+    made = redraw.outpaint(
+        trained, images, margins, n, seed=seed, label=label, track=_track, **chosen
+    )
+    facts: dict[str, Any] = {"edit": "outpaint", "pictures": names, "margins": margins}
+    facts |= {"seed": seed, "label": label}
+    facts |= {"sample": redraw.told(trained, chosen, label, "inpaint")}
+    _wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=max(n, 4)), as_json)
+
+
+@edit_app.command("repair")
+def edit_repair(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    n: Each = 1,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what pictures lack, by a model trained to: colours of grey ones, detail of small ones.
+
+    A row of the sheet is what is given and what was drawn.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    part = redraw.source(trained)
+    names, sources = _read(trained, pictures, part.shape)
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    made = redraw.repair(trained, sources, n, seed=seed, label=label, track=_track, **chosen)
+    facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
+    facts |= {"seed": seed, "label": label, "sample": redraw.told(trained, chosen, label)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
+    rows = torch.cat([given[:, None], made], 1)[:64]
+    sampling.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
+    _wrote(paths, as_json)
 
 
 @app.command()

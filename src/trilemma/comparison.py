@@ -35,6 +35,12 @@ from trilemma.training import train
 
 STEPS = (5, 10, 20, 50)
 _OWN_FOLDERS = ("images", "scores")
+_FROM_PICTURES = {
+    "unpaired": ("translates pictures", "translate"),
+    "shrunk": ("enlarges pictures", "upscale"),
+    "damaged": ("repairs pictures", "edit repair"),
+}
+"""What models of such data do, and by which command."""
 
 
 def compare(
@@ -200,21 +206,19 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
         if name in specs:
             raise UserError(f"two recipes are called '{name}'; give each once, under its own name")
         specs[name] = recipe.override(recipe.load(given), overrides)
-        if specs[name].get("data", {}).get("pair") == "unpaired":
-            raise UserError(
-                f"{name} translates pictures and draws none of its own, so it cannot be compared "
-                "with models that do; train it by itself, and use trilemma translate"
-            )
-        if specs[name].get("data", {}).get("pair") == "shrunk":
-            raise UserError(
-                f"{name} enlarges pictures and draws none of its own, so it cannot be compared "
-                "with models that do; train it by itself, and use trilemma upscale"
-            )
-        if not _draws(specs[name]):
-            raise UserError(
-                f"{name} restores pictures and draws none of its own, so it cannot be compared "
-                "with models that do; train it by itself, and use trilemma edit reconstruct"
-            )
+        pair = specs[name].get("data", {}).get("pair")
+        if pair in _FROM_PICTURES:
+            does, command = _FROM_PICTURES[pair]
+        elif _draws(specs[name]):
+            continue
+        elif specs[name]["model"]["type"].startswith("models.classifier."):
+            does, command = "tells classes", "sample --classifier"
+        else:
+            does, command = "restores pictures", "edit reconstruct"
+        raise UserError(
+            f"{name} {does} and draws none of its own, so it cannot be compared with models that "
+            f"do; train it by itself, and use trilemma {command}"
+        )
     return specs
 
 

@@ -174,7 +174,7 @@ def complete(
         )
     known = None if label is None else trained.labels(1, label)
     made, start = [], seed
-    with _inference(trained) as where:
+    with inference(trained) as where:
         for part in track(_batches(trained, images.repeat_interleave(n, dim=0))):
             labels = None if known is None else known.expand(len(part)).to(where)
             rng = Rng(range(start, start + len(part)), where)
@@ -213,7 +213,7 @@ def denoise(
             )
         return reconstruct(trained, images, track)
     made = []
-    with _inference(trained) as where:
+    with inference(trained) as where:
         for part in track(_batches(trained, images)):
             noisy = to_float(part).to(where)
             level = noise_deviation(noisy)
@@ -254,8 +254,8 @@ def score(
             f"{trained.name} has neither latents nor likelihoods, by which pictures are scored; "
             "train a vae, for example"
         )
-    _check(trained, images)
-    with _inference(trained) as where:
+    check(trained, images)
+    with inference(trained) as where:
         bits = bits_per_dimension(model, images, batch=BATCH, where=where)
     return bits.float(), "likelihood (bits/dimension)"
 
@@ -263,7 +263,7 @@ def score(
 def encode(trained: Trained, images: Tensor, track: Track = iter) -> Tensor:
     """Return the latents (N, ...) of uint8 images (N, C, H, W); errors as `reconstruct`."""
     model = _latents(trained)
-    with _inference(trained) as where:
+    with inference(trained) as where:
         parts = track(_batches(trained, images))
         return torch.cat([model.encode(to_float(part).to(where)).float() for part in parts])
 
@@ -276,7 +276,7 @@ def decode(trained: Trained, latents: Tensor, track: Track = iter) -> Tensor:
         ValueError: latents of another shape.
     """
     model = _latents(trained)
-    with _inference(trained) as where:
+    with inference(trained) as where:
         parts = track(latents.split(BATCH))
         return torch.cat([to_uint8(model.decode(part.to(where))).cpu() for part in parts])
 
@@ -345,11 +345,12 @@ def _exact(model: Model) -> bool:
 
 def _batches(trained: Trained, images: Tensor) -> Sequence[Tensor]:
     """Cut uint8 images into batches."""
-    _check(trained, images)
+    check(trained, images)
     return images.split(BATCH)
 
 
-def _check(trained: Trained, images: Tensor) -> None:
+def check(trained: Trained, images: Tensor) -> None:
+    """Raise UserError unless images are uint8 (N, C, H, W) of the model's shape, N at least 1."""
     expected = tuple(trained.data["shape"])
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise UserError(
@@ -361,7 +362,7 @@ def _check(trained: Trained, images: Tensor) -> None:
 
 
 @contextmanager
-def _inference(trained: Trained) -> Iterator[torch.device]:
+def inference(trained: Trained) -> Iterator[torch.device]:
     """Work under the number format the model was trained in; gives its device.
 
     Not in inference mode: a family may search its latents by gradients.

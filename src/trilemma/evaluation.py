@@ -307,12 +307,12 @@ def _draw(
     )
     images = torch.cat(list(batches))
     chosen = {key: value for key, value in options.items() if key not in ("batch", "label")}
-    label = options.get("label")
+    label, labelled = options.get("label"), trained.conditional or options.get("classifier")
     sampling = {
         "recipe": trained.name,
         "seen": trained.progress["seen"],
         "seeds": [seed, seed + n - 1],
-        "labels": ("in turn" if label is None else label) if trained.conditional else None,
+        "labels": ("in turn" if label is None else label) if labelled else None,
     }
     return images, sampling | trained.options(chosen), cost
 

@@ -116,6 +116,29 @@ class HasDenoising(Protocol):
         ...
 
 
+@runtime_checkable
+class HasRedrawing(Protocol):
+    """Draws pictures anew: wholly, but alike, or in a part only."""
+
+    def vary(
+        self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
+    ) -> Tensor:
+        """Draw pictures like images (B, C, H, W) in [-1, 1]; strength 0 to 1, 1 not alike at all.
+
+        Options as `sample`.
+        """
+        ...
+
+    def inpaint(
+        self, image: Tensor, mask: Tensor, condition: Condition, rng: Rng, **options: Any
+    ) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1] anew where mask (B, 1, H, W) is 1.
+
+        What is there in `image` is not read; the rest is kept as it is.
+        """
+        ...
+
+
 class Frozen(nn.Module):
     """Holds a trained module that another model uses but never trains.
 

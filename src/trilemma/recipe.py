@@ -6,7 +6,8 @@ constructor's signature is the schema. Only classes defined under `BUILDABLE` ar
 recipe, and a checkpoint that carries one, holds data and never code.
 
 Strings that begin with `@` are facts of the data, filled in by `resolve`: `@shape` (C, H, W),
-`@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`.
+`@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`; and sums of them and
+of numbers, `@channels + 1`.
 
 `{ type = "trained", path = "runs/vqvae" }` is the model of that run, held still while another
 learns to use it. `resolve` puts the run's own model spec in its place, inside a `model.Frozen`, so
@@ -137,12 +138,19 @@ def resolve(
         if isinstance(value, list):
             return [fill(item, None) for item in value]
         if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in facts:
-                raise UserError(f"the recipe asks for {value}; the data tell {', '.join(facts)}")
-            return facts[value[1:]]
+            terms = [_fact(term.strip(), facts) for term in value.split("+")]
+            return sum(terms[1:], terms[0])
         return value
 
     return fill(copy.deepcopy(recipe), before)
+
+
+def _fact(term: str, facts: Mapping[str, Any]) -> Any:
+    if term.isdigit():
+        return int(term)
+    if not term.startswith("@") or term[1:] not in facts:
+        raise UserError(f"the recipe asks for {term}; the data tell {', '.join(facts)}")
+    return facts[term[1:]]
 
 
 def _frozen(asked: Recipe, facts: Mapping[str, Any]) -> Recipe:

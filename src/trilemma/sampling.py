@@ -13,10 +13,25 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from trilemma import checkpoint, device, recipe
+from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
+from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
 from trilemma.model import Generator, Model
+from trilemma.models.classifier import Classifier
+
+GUIDANCE = {
+    "guidance": "scale",
+    "guidance_interval": "interval",
+    "guidance_rescale": "rescale",
+    "guide_with": "weaker",
+    "classifier": "classifier",
+    "classifier_scale": "classifier_scale",
+    "guide": "guide",
+    "guide_scale": "guide_scale",
+}
+"""The options that guide, and what each is of a `Guidance`. `guide_with` and `classifier` are runs,
+by path or loaded; `guide` is a function, by module:function or itself."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +59,14 @@ class Trained:
 
     @property
     def sample_defaults(self) -> dict[str, Any]:
-        """The recipe's defaults for `sample`; guidance only where there are classes to guide by."""
-        given = self.recipe.get("sample", {})
-        return {k: v for k, v in given.items() if k != "guidance" or self.conditional}
+        """The recipe's defaults for `sample`; guidance only where there is what to guide by.
+
+        Never a function or another run: a recipe may come with a checkpoint from elsewhere.
+        """
+        left = {"guide", "guide_with", "classifier"}
+        if not (self.conditional or recipe.find(self.recipe["model"], "attributes")):
+            left |= {"guidance", "guidance_interval", "guidance_rescale"}
+        return {k: v for k, v in self.recipe.get("sample", {}).items() if k not in left}
 
     @property
     def conditional(self) -> bool:
@@ -64,13 +84,29 @@ class Trained:
         return self.recipe.get("data", {}).get("pair") == "shrunk"
 
     @property
+    def repairs(self) -> bool:
+        """Whether the model draws what given pictures lack, and nothing without them."""
+        return self.recipe.get("data", {}).get("pair") == "damaged"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model tells classes, and draws nothing."""
+        return isinstance(self.model, Classifier)
+
+    @property
     def draws(self) -> bool:
         """Whether the model draws pictures of its own."""
-        return isinstance(self.model, Generator) and not (self.translates or self.enlarges)
+        given = self.translates or self.enlarges or self.repairs
+        return isinstance(self.model, Generator) and not given
 
     @property
     def generator(self) -> Generator:
         """The model as what draws; raises UserError when it draws nothing."""
+        if self.classifies:
+            raise UserError(
+                f"{self.name} draws no pictures: it tells classes, and guides a diffusion model "
+                f"with trilemma sample RUN --classifier {self.path} --out DIR"
+            )
         if not isinstance(self.model, Generator):
             raise UserError(
                 f"{self.name} draws no pictures: its {type(self.model).__name__} is a first stage, "
@@ -79,31 +115,78 @@ class Trained:
             )
         return self.model
 
-    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the complete sampling options: the recipe's defaults, then `given`.
+    def options(self, given: Mapping[str, Any], verb: str = "sample") -> dict[str, Any]:
+        """Return the complete options of sampling: the recipe's defaults, then `given`.
+
+        Functions and models among them are given by name, as they are written into pictures. Of
+        another verb of the family's the defaults are its own, but for guidance.
 
         Raises:
-            UserError: an option that this family's `sample` does not have.
+            UserError: an option that this family's `sample`, or other verb, does not have.
         """
-        parameters = inspect.signature(self.generator.sample).parameters
-        accepted = [name for name in parameters if name not in ("condition", "rng")]
-        chosen = {**self.sample_defaults, **{k: v for k, v in given.items() if v is not None}}
+        parameters = inspect.signature(getattr(self.generator, verb)).parameters
+        own = ("image", "mask", "condition", "rng")
+        accepted = [name for name in parameters if name not in own]
+        if "guidance" in accepted:
+            accepted += [name for name in GUIDANCE if name != "guidance"]
+        defaults = self.sample_defaults
+        if verb != "sample":
+            defaults = {name: value for name, value in defaults.items() if name in GUIDANCE}
+        chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
         for name in chosen:
             if name not in accepted:
                 raise UserError(
                     f"{self.name} cannot be sampled with '{name}'"
                     f"{recipe.suggest(name, accepted)}; it takes {', '.join(accepted) or 'none'}"
                 )
-        return chosen
+        return {name: _named(value) for name, value in chosen.items()}
 
-    def labels(self, n: int, label: str | int | None) -> Tensor | None:
+    def opened(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options with the runs and functions that they name in place of the names.
+
+        Raises:
+            UserError: there is no such run or function, or the run is not of the kind needed.
+        """
+        opened = dict(given)
+        for name in ("guide_with", "classifier"):
+            if isinstance(opened.get(name), str | Path):
+                where = next(self.model.parameters()).device
+                opened[name] = load(opened[name], where.type)
+        judge = opened.get("classifier")
+        if judge is not None and not judge.classifies:
+            raise UserError(
+                f"{judge.path} is a {judge.name}, which tells no classes; train the recipe "
+                "classifier on the same pictures"
+            )
+        if judge is not None and self.conditional:
+            ours, theirs = self.data["label_names"], judge.data["label_names"]
+            if ours != theirs:
+                raise UserError(
+                    f"the classifier knows {', '.join(theirs)} and the model {', '.join(ours)}; "
+                    "train one on the same pictures"
+                )
+        weaker = opened.get("guide_with")
+        if weaker is not None and type(weaker.model) is not type(self.model):
+            raise UserError(
+                f"{weaker.path} is a {weaker.name}, which cannot guide a {self.name}; give a run "
+                "of the same family on the same pictures: smaller, or trained for less long"
+            )
+        if isinstance(opened.get("guide"), str):
+            opened["guide"] = guides.find(opened["guide"])
+        return opened
+
+    def labels(
+        self, n: int, label: str | int | None, judge: Trained | None = None
+    ) -> Tensor | None:
         """Return (n,) class indices: `label` for all, or the classes in turn when it is None.
+
+        The classes are those of `judge`, the classifier that guides, where the model knows none.
 
         Raises:
             UserError: the model knows no classes, or not this one.
         """
-        known = self.data["label_names"]
-        if not self.conditional:
+        known = (judge or self).data["label_names"]
+        if not (self.conditional or judge):
             if label is not None:
                 raise UserError(f"{self.name} was trained without classes; leave the label out")
             return None
@@ -173,9 +256,16 @@ class Trained:
                 f"{self.name} enlarges pictures and draws none of its own; "
                 f"use trilemma upscale {self.path} PICTURES --out DIR"
             )
+        if self.repairs:
+            raise UserError(
+                f"{self.name} draws what given pictures lack and none of its own; "
+                f"use trilemma edit repair {self.path} PICTURES --out DIR"
+            )
         if n < 1 or batch < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
-        labels, chosen = self.labels(n, label), self.options(options)
+        options = self.opened(options)
+        labels = self.labels(n, label, options.get("classifier"))
+        chosen = self.arguments({**self.options(options), **options})
         where = next(self.model.parameters()).device
         dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
         for start in range(0, n, batch):
@@ -183,11 +273,22 @@ class Trained:
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
             condition = Condition(count, part, self.attributes(rng, attributes))
-            with torch.inference_mode(), device.autocast(dtype, where):
+            with torch.no_grad(), device.autocast(dtype, where):  # a guide needs gradients
                 images = self.generator.sample(condition, rng, **chosen)
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
             yield to_uint8(images).cpu()
+
+    def arguments(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return opened options as the family's own function takes them: all that guides as one."""
+        given = {name: value for name, value in chosen.items() if value is not None}
+        guiding = {GUIDANCE[name]: given.pop(name) for name in GUIDANCE if name in given}
+        if guiding.keys() <= {"scale"}:
+            return {**given, "guidance": guiding["scale"]} if guiding else given
+        for name in ("weaker", "classifier"):
+            if name in guiding:
+                guiding[name] = guiding[name].model
+        return given | {"guidance": Guidance(**guiding)}
 
     def sample(
         self,
@@ -268,10 +369,11 @@ def save(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for the images")
-    chosen = trained.options(options)
-    labels = trained.labels(n, label)
+    options = trained.opened(options)
+    chosen, judge = trained.options(options), options.get("classifier")
+    labels = trained.labels(n, label, judge)
     has = trained.attributes(Rng(range(seed, seed + n)), attributes)
-    names, traits = trained.data["label_names"], trained.data["attribute_names"]
+    names, traits = (judge or trained).data["label_names"], trained.data["attribute_names"]
     kept: list[Tensor] = []
     digits = max(5, len(str(n - 1)))
     index = 0
@@ -299,6 +401,13 @@ def save(
     columns = 10 if labels is not None and len(kept) >= 10 else None
     grid(torch.stack(kept), columns).save(out / "grid.png", pnginfo=_metadata(trained, sheet))
     yield out / "grid.png"
+
+
+def _named(value: Any) -> Any:
+    """Return an option as it is written down: a run by its path, a function by its name."""
+    if isinstance(value, Trained | Path):
+        return str(value.path if isinstance(value, Trained) else value)
+    return guides.name_of(value) if callable(value) else value
 
 
 def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo:

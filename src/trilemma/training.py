@@ -27,6 +27,7 @@ from trilemma import (
     distributed,
     edit,
     recipe,
+    redraw,
     sampling,
     translation,
     upscale,
@@ -356,12 +357,16 @@ def _give_up(run: Run, trouble: str) -> None:
 def _draw_grid(run: Run) -> None:
     """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
     trained = run.trained()
+    if trained.classifies:
+        return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
     if trained.translates:
         sheet = translation.sheet(trained, run.data)
     elif trained.enlarges:
         sheet = upscale.sheet(trained, run.data)
+    elif trained.repairs:
+        sheet = redraw.sheet(trained, run.data)
     elif not trained.draws:
         sheet = edit.sheet(trained, run.data)
     else:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
+from trilemma.conditioning import shrink
 from trilemma.data import Dataset
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
 from trilemma.errors import UserError
 from trilemma.metrics.restoration import luma, psnr, ssim
-from trilemma.models.srgan import shrink
 from trilemma.networks.srresnet import Generator
 from trilemma.sampling import Trained, grid
 
@@ -146,7 +146,7 @@ def evaluate(trained: Trained, images: Tensor, batch: int = 32) -> dict[str, dic
     """Shrink originals, enlarge them again and compare, by the model and bicubically.
 
     Protocol: PSNR and SSIM of luma (BT.601), a border as wide as the factor left out, the mean over
-    pictures; low resolution by `models.srgan.shrink`; what is enlarged is rounded to 8 bits.
+    pictures; low resolution by `conditioning.shrink`; what is enlarged is rounded to 8 bits.
 
     Args:
         trained: a model that enlarges.

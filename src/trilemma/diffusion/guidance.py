@@ -1,42 +1,220 @@
 """Wrappers of a denoiser; the solver never hears of them.
 
-A denoiser maps (x_t, t) to the x_0 it expects. Classifier-free guidance (Ho & Salimans 2021,
-"Classifier-Free Diffusion Guidance", eq. 6) goes from the unconditional answer through the
-conditional one and beyond. The paper does so with the noise; x_0 is the same straight line:
+A denoiser maps (x_t, t) to the x_0 it expects. With x_t = alpha x_0 + sigma noise, the gradient of
+the log density of x_t is (alpha x_0 - x_t) / sigma^2, so that whoever adds a gradient to it moves
+
+    x_0  by  sigma^2 / alpha  times that gradient.                                            (*)
+
+Classifier-free guidance (Ho & Salimans 2021, "Classifier-Free Diffusion Guidance", eq. 6) goes from
+the unconditional answer through the conditional one and beyond. The paper does so with the noise;
+x_0 is the same straight line:
 
     x_0 = without + scale (given - without)
 
-so 1 is no guidance, 0 ignores the condition, and the paper's w is scale - 1.
+so 1 is no guidance, 0 ignores the condition, and the paper's w is scale - 1. Auto-guidance (Karras
+et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself") is the same line with a
+weaker model's answer, to the same condition, for `without`. Both may be restricted to an interval
+of noise levels sigma / alpha (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval
+Improves Sample and Distribution Quality in Diffusion Models"), and the spread of the guided x_0
+brought back to what it is with the condition (Lin et al. 2024, "Common Diffusion Noise Schedules
+and Sample Steps are Flawed", eq. 15-16).
+
+Classifier guidance (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis",
+section 4.2). By Bayes' rule log p(x_t | y) = log p(x_t) + log p(y | x_t) + a constant, and (*)
+turns the gradient of the second term, that of a classifier which knows noisy pictures, into
+
+    x_0 + scale sigma^2 / alpha  d log p(y | x_t) / d x_t.
+
+Guidance by any function g of clean pictures (Bansal et al. 2023, "Universal Guidance for Diffusion
+Models", its forward guidance; Chung et al. 2023, "Diffusion Posterior Sampling for General Noisy
+Inverse Problems") takes g at the expected picture for that log probability,
+
+    x_0 + scale sigma^2 / alpha  d g(x_0(x_t)) / d x_t,
+
+with the gradient through the network. For the best denoiser d x_0 / d x_t is alpha / sigma^2 times
+the covariance of the pictures that may lie behind x_t: x_0 moves by scale times that covariance
+times dg/dx_0, along what is still open, and not at all in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from trilemma.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from trilemma.models.classifier import Classifier
+    from trilemma.models.diffusion import Diffusion
 
 Denoiser = Callable[[Tensor, float], Tensor]
 """(x_t (B, ...), t) -> x_0 (B, ...)."""
 
+Guide = Callable[[Tensor], Tensor]
+"""Pictures (B, C, H, W) in [-1, 1] -> (B,), greater where they are more as they shall be."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """All that can be asked of guidance at once.
+
+    Attributes:
+        scale: of classifier-free guidance or auto-guidance; 1 is none.
+        interval: the sigma / alpha, above the first and up to the second, where that acts.
+        rescale: 0 to 1, how far the spread of x_0 is brought back to that without guidance.
+        weaker: a weaker model, for auto-guidance.
+        classifier: a classifier of noisy pictures.
+        classifier_scale: 1 makes of an unconditional model a conditional one.
+        guide: any differentiable function of pictures.
+        guide_scale: of its gradient.
+
+    Raises:
+        ValueError: an interval that is empty, a rescale beyond 0 to 1, a weaker model at scale 1.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    weaker: Diffusion | None = None
+    classifier: Classifier | None = None
+    classifier_scale: float = 1.0
+    guide: Guide | None = None
+    guide_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.interval is not None:
+            low, high = self.interval if len(self.interval) == 2 else (0, 0)
+            if not 0 <= low < high:
+                raise ValueError(
+                    f"guidance_interval is {list(self.interval)}; expected two numbers, the least "
+                    "and the greatest sigma / alpha where guidance acts, such as [0.2, 3]"
+                )
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale is {self.rescale}; expected 0 to 1")
+        if self.weaker is not None and self.scale == 1:
+            raise ValueError(
+                "a weaker model guides nothing at guidance 1; say how far, such as guidance 2"
+            )
+
 
 def classifier_free(
-    both: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float
+    both: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float, rescale: float = 0.0
 ) -> Denoiser:
-    """Guide by the difference that the condition makes.
+    """Guide by the difference that the condition makes, or a better model.
 
     Args:
         both: gives x_0 with the condition and without it; together, so that the network can be
             called once for the two.
         scale: 1 is no guidance.
+        rescale: how far each x_0's deviation is brought back to that with the condition.
     """
 
     def denoise(x: Tensor, t: float) -> Tensor:
         given, without = both(x, t)
-        return without + scale * (given - without)
+        guided = without + scale * (given - without)
+        if rescale:
+            parts = tuple(range(1, x.ndim))
+            ratio = given.std(parts, keepdim=True) / guided.std(parts, keepdim=True).clamp(min=1e-8)
+            guided = guided * (rescale * ratio + 1 - rescale)
+        return guided
 
     return denoise
+
+
+def within(
+    interval: tuple[float, float], inside: Denoiser, outside: Denoiser, schedule: Schedule
+) -> Denoiser:
+    """Use one denoiser where sigma / alpha is in (low, high], and another elsewhere."""
+    low, high = interval
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = level(schedule, t)
+        return (inside if low * alpha < sigma <= high * alpha else outside)(x, t)
+
+    return denoise
+
+
+def toward(
+    both: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float, schedule: Schedule
+) -> Denoiser:
+    """Guide by a gradient: the formulas of classifier guidance and of guidance by any function.
+
+    Where nothing is left of the picture (alpha = 0) there is nothing to follow: x_0 stays.
+
+    Args:
+        both: gives x_0 (B, ...) and how well it fits (B,), differentiable in x_t.
+        scale: of the gradient.
+        schedule: of the model.
+
+    The denoiser raises ValueError for a gradient that is not there or not finite, and inside
+    `torch.inference_mode`, where there are none.
+    """
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("guidance needs gradients: use torch.no_grad, not inference_mode")
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            x0, fit = both(x, t)
+            gradient = None
+            if fit.requires_grad:
+                (gradient,) = torch.autograd.grad(fit.sum(), x, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "the guide has no gradient: it must be made of differentiable operations of torch "
+                "on the pictures it is given, without .detach(), .item(), rounding or numpy"
+            )
+        if not gradient.isfinite().all():
+            raise ValueError(
+                "the guide's gradient is not finite; look for a division by 0, or for the square "
+                "root or logarithm of 0, and add a small number there"
+            )
+        alpha, sigma = level(schedule, t)
+        return x0.detach() + (scale * sigma**2 / alpha if alpha else 0.0) * gradient
+
+    return denoise
+
+
+def fit_of(guide: Guide, images: Tensor) -> Tensor:
+    """Return what a guide says of images (B, C, H, W): (B,).
+
+    A guide that makes one number of all it is given is asked of each picture by itself, so that no
+    picture depends on those beside it.
+
+    Raises:
+        ValueError: the guide returns something else.
+    """
+    value = guide(images)
+    if isinstance(value, Tensor) and value.ndim == 0 and len(images) > 1:
+        value = torch.stack([guide(image[None]) for image in images])
+    if isinstance(value, Tensor) and value.numel() == len(images) and value.ndim <= 1:
+        return value.reshape(len(images))
+    got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+    raise ValueError(
+        f"the guide returned {got} for {len(images)} pictures; expected a tensor of one number for "
+        "each picture, or one number: average over channels, rows and columns, say"
+    )
 
 
 def clipped(denoise: Denoiser, low: float, high: float) -> Denoiser:
     """Keep x_0 where pictures can be: Ho et al. 2020, section 3.2's note on scaling."""
     return lambda x, t: denoise(x, t).clamp(low, high)
+
+
+def level(schedule: Schedule, t: float) -> tuple[float, float]:
+    """Return alpha and sigma at t."""
+    alpha, sigma = schedule(torch.tensor(t, dtype=torch.float64))
+    return float(alpha), float(sigma)
+
+
+def elsewhere(x: Tensor, t: float, here: Schedule, there: Schedule) -> tuple[Tensor, float]:
+    """Return x_t and t as another schedule has them: as noisy, but on its scale."""
+    time = torch.tensor(t, dtype=torch.float64)
+    other = float(there.time(here.log_snr(time)))
+    (alpha, sigma), (alpha_other, sigma_other) = level(here, t), level(there, other)
+    scale = (alpha_other**2 + sigma_other**2) ** 0.5 / (alpha**2 + sigma**2) ** 0.5
+    return scale * x, other

@@ -16,14 +16,28 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import Pixels
-from trilemma.conditioning import Labels
-from trilemma.diffusion.guidance import Denoiser, classifier_free, clipped
+from trilemma.conditioning import Conditioner, Labels, masked, source_of
+from trilemma.diffusion.guidance import (
+    Denoiser,
+    Guidance,
+    Guide,
+    classifier_free,
+    clipped,
+    elsewhere,
+    fit_of,
+    toward,
+    within,
+)
+from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.schedules import Linear, Schedule
 from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, heun, karras
 from trilemma.diffusion.targets import TARGETS, clean
@@ -54,7 +68,7 @@ class Diffusion(Model):
         self,
         codec: Pixels,
         network: nn.Module,
-        conditioner: Labels | None = None,
+        conditioner: Conditioner | None = None,
         schedule: Schedule | None = None,
         target: str = "noise",
         loss: str = "l2",
@@ -93,7 +107,8 @@ class Diffusion(Model):
         alpha, sigma = (_like(v, x0) for v in self.schedule(t))
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
-        output = self._network(x, t, alpha, sigma, self.conditioner(batch.condition, rng))
+        embedded = self.conditioner(batch.condition, rng, batch.image)
+        output = self._network(x, t, alpha, sigma, embedded)
         error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
         return {"loss": error.mean()}
 
@@ -110,29 +125,73 @@ class Diffusion(Model):
         output = self._network(x, time, alpha, sigma, embedded)
         return clean(x, output, alpha, sigma, self.target(alpha, sigma))
 
-    def denoiser(self, condition: Condition, guidance: float = 1.0) -> Denoiser:
+    def denoiser(self, condition: Condition, guidance: float | Guidance = 1.0) -> Denoiser:
         """Return x_t, t -> x_0 under a condition, guided and kept within the codec's bounds.
 
         Raises:
-            ValueError: guidance of a model that cannot be guided.
+            ValueError: guidance of a model that cannot be guided, or by what does not fit it.
         """
+        asked = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         given = self.conditioner(condition)
-        if guidance == 1:
-            denoise: Denoiser = lambda x, t: self.denoise(x, t, given)  # noqa: E731
-        else:
-            if not (self.conditioner.classes and self.conditioner.dropout):
-                raise ValueError(
-                    f"guidance {guidance} needs a model trained with labels and with "
-                    "conditioner.dropout above 0; use guidance 1, or train such a model"
-                )
-            doubled = _stack(given, self.conditioner.nothing(condition))
-
-            def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-                with_it, without = self.denoise(torch.cat([x, x]), t, doubled).chunk(2)
-                return with_it, without
-
-            denoise = classifier_free(both, guidance)
+        plain: Denoiser = lambda x, t: self.denoise(x, t, given)  # noqa: E731
+        denoise = plain
+        if asked.scale != 1:
+            both = self._with_and_without(condition, given, asked)
+            denoise = classifier_free(both, asked.scale, asked.rescale)
+            if asked.interval is not None:
+                denoise = within(asked.interval, denoise, plain, self.schedule)
+        if asked.classifier is not None:
+            log_prob = asked.classifier.log_prob_of(condition, self.codec.shape, self.schedule)
+            denoise = self._by_classifier(denoise, log_prob, asked.classifier_scale)
+        if asked.guide is not None:
+            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
+
+    def _with_and_without(
+        self, condition: Condition, given: Embedded, asked: Guidance
+    ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+        weaker = asked.weaker
+        if weaker is not None:
+            if weaker.codec.shape != self.codec.shape:
+                raise ValueError(
+                    f"the weaker model draws {weaker.codec.shape} and this one {self.codec.shape}; "
+                    "it must be one of the same pictures: smaller, or trained for less long"
+                )
+            theirs = weaker.conditioner(condition)
+
+            def strong_and_weak(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+                there = elsewhere(x, t, self.schedule, weaker.schedule)
+                return self.denoise(x, t, given), weaker.denoise(*there, theirs)
+
+            return strong_and_weak
+        if not self.conditioner.guidable:
+            raise ValueError(
+                f"guidance {asked.scale} needs a model trained with labels or attributes and with "
+                "conditioner.dropout above 0; use guidance 1, or train such a model"
+            )
+        doubled = _stack(given, self.conditioner.nothing(condition))
+
+        def with_and_without(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            with_it, without = self.denoise(torch.cat([x, x]), t, doubled).chunk(2)
+            return with_it, without
+
+        return with_and_without
+
+    def _by_classifier(self, denoise: Denoiser, log_prob: Denoiser, scale: float) -> Denoiser:
+        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            return denoise(x.detach(), t), log_prob(x, t)
+
+        return toward(both, scale, self.schedule)
+
+    def _by_guide(self, denoise: Denoiser, guide: Guide, scale: float) -> Denoiser:
+        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            x0 = denoise(x, t)
+            kept = x0
+            if self.codec.bounds:  # what is out of bounds keeps its gradient: it may come back
+                kept = x0.clamp(*self.codec.bounds).detach() + (x0 - x0.detach())
+            return x0, fit_of(guide, self.codec.decode(kept))
+
+        return toward(both, scale, self.schedule)
 
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of.
@@ -180,12 +239,16 @@ class Diffusion(Model):
         *,
         solver: str = "dpmpp_2m",
         steps: int = 20,
-        guidance: float = 1.0,
+        guidance: float | Guidance = 1.0,
         grid: str | None = None,
         eta: float | None = None,
         variance: str | None = None,
+        begin: tuple[Tensor, float] | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
+        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`.
+
+        Begins, instead of with noise, with images and a share of noise on them, as `vary`.
+        """
         function, own_grid, _ = SOLVERS[_known("solver", solver, SOLVERS)]
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
@@ -196,8 +259,18 @@ class Diffusion(Model):
             if name not in inspect.signature(function).parameters:
                 raise ValueError(f"solver {solver} has no option '{name}'; leave it out")
         denoise = self.denoiser(condition, guidance)
-        _, sigma = self.schedule(times[:1])
-        start = float(sigma) * rng.normal(*self.codec.shape)
+        noise = rng.normal(*self.codec.shape)
+        if begin is None:
+            _, sigma = self.schedule(times[:1])
+            start = float(sigma) * noise
+        else:
+            image, share = begin
+            if not 0 < share <= 1:
+                raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+            t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
+            times = torch.cat([t, times[times < 0.999 * t]])
+            alpha, sigma = self.schedule(t)
+            start = float(alpha) * self.codec.encode(image) + float(sigma) * noise
         for x in function(denoise, start, times, self.schedule, rng, **own):
             yield self.codec.decode(x)
 
@@ -208,7 +281,7 @@ class Diffusion(Model):
         *,
         solver: str = "dpmpp_2m",
         steps: int = 20,
-        guidance: float = 1.0,
+        guidance: float | Guidance = 1.0,
         grid: str | None = None,
         eta: float | None = None,
         variance: str | None = None,
@@ -220,7 +293,7 @@ class Diffusion(Model):
             rng: one stream per image.
             solver: ddpm, ddim, euler, heun or dpmpp_2m.
             steps: of the solver, from noise to picture.
-            guidance: how far the condition is overdone; 1 is not at all.
+            guidance: how far the condition is overdone, 1 being not at all; or all that guides.
             grid: where the steps lie: even_time, even_share, even_log_snr or karras; the solver's
                 own if None.
             eta: ddim's share of fresh noise, 0 to 1.
@@ -241,6 +314,72 @@ class Diffusion(Model):
             variance=variance,
         )
         return deque(drawing, maxlen=1).pop()
+
+    def vary(
+        self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
+    ) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1] that are like the given ones.
+
+        Noise is added until it is a share `strength` = sigma / (alpha + sigma) of what is seen, and
+        removed again: Meng et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic
+        Differential Equations", algorithm 1. Options as `sample`; of its steps those are taken that
+        lie below.
+
+        Raises:
+            ValueError: as `sample`; a strength of 0 or less or more than 1.
+        """
+        drawing = self.sample_steps(condition, rng, begin=(image, strength), **options)
+        return deque(drawing, maxlen=1).pop()
+
+    def inpaint(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        condition: Condition,
+        rng: Rng,
+        *,
+        steps: int = 25,
+        resample: int = 10,
+        guidance: float | Guidance = 1.0,
+    ) -> Tensor:
+        """Draw what is hidden of images (B, C, H, W) in [-1, 1], and keep the rest as it is.
+
+        By `diffusion.inpainting.repaint`; a model that was trained with masks is told the mask and
+        samples as ever.
+
+        Args:
+            image: what is hidden of it is not read.
+            mask: (B, 1, H, W), 1 where it is hidden, 0 where it is kept.
+            condition: what to draw.
+            rng: one stream per image.
+            steps: of the way from noise to picture.
+            resample: how often each step is taken.
+            guidance: as in `sample`.
+
+        Raises:
+            ValueError: as `sample`; resample below 1; a mask that is not of the images' size.
+        """
+        if mask.shape != (len(image), 1, *image.shape[2:]):
+            raise ValueError(
+                f"a mask {tuple(mask.shape)} was given for images {tuple(image.shape)}; "
+                f"expected {(len(image), 1, *image.shape[2:])}"
+            )
+        if steps < 1 or resample < 1:
+            raise ValueError(f"steps is {steps} and resample {resample}; expected at least 1")
+        hidden = mask > 0.5
+        image = torch.where(hidden, 0.0, image)
+        source = source_of(self.conditioner)
+        if source is not None and source.kind == "masked":
+            told = replace(condition, source=masked(image, mask))
+            drawn = self.sample(told, rng, steps=steps, guidance=guidance)
+        else:
+            known = self.codec.encode(image)
+            place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
+            denoise = self.denoiser(condition, guidance)
+            times = karras(self.schedule, steps)
+            painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
+            drawn = self.codec.decode(deque(painting, maxlen=1).pop())
+        return torch.where(hidden, drawn, image)
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:

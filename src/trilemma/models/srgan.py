@@ -28,24 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
+from trilemma.batch import Batch, Condition, Rng
+from trilemma.conditioning import shrink
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks import perceptual
-
-
-def shrink(image: Tensor, factor: int) -> Tensor:
-    """Return the low resolution (B, C, H/factor, W/factor) of images (B, C, H, W) in [-1, 1].
-
-    Raises ValueError when a side is no multiple of the factor.
-    """
-    height, width = image.shape[2:]
-    if height % factor or width % factor:
-        raise ValueError(
-            f"images of {height} x {width} pixels cannot be shrunk by {factor}; both sides must be "
-            "multiples of it"
-        )
-    size = (height // factor, width // factor)
-    return to_float(to_uint8(F.interpolate(image.float(), size, mode="bicubic", antialias=True)))
 
 
 class SRResNet(Model):

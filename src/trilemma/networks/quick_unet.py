@@ -134,7 +134,7 @@ class QuickUNet(nn.Module):
             x = torch.cat([x, embedded.image], dim=1)
         h = _fold(x, self.patch)
         h = self.conv_in(h)
-        told = self._modulation(F.silu(e), h.dtype)
+        told = _modulation(self.modulate(F.silu(e)), self.widths, h.dtype)
         skips = []
         for level, fold in zip(self.down, self.fold, strict=True):
             h = _through(level, h, told)
@@ -148,11 +148,68 @@ class QuickUNet(nn.Module):
         h = self.conv_out(F.silu(_normalise(h)))
         return F.pixel_shuffle(h, self.patch)
 
-    def _modulation(self, e: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the scale and shift (B, C, 1, 1) of each block in turn."""
-        scale, shift = self.modulate(e).to(dtype)[:, :, None, None].chunk(2, dim=1)
-        scales, shifts = (scale + 1).split(self.widths, 1), shift.split(self.widths, 1)
-        return zip(scales, shifts, strict=True)
+
+class QuickClassifier(nn.Module):
+    """The way down of the small denoiser, then the mean of each channel: `network(x, time)`.
+
+    Args:
+        in_channels: channels of x.
+        classes: how many logits.
+        size: height and width of x, which decide the patch.
+        channels: of each level; every level halves the map.
+        blocks: residual blocks of each level.
+        embedding_dim: width of the time's embedding.
+        patch: as the QuickUNet's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        size: int,
+        channels: Sequence[int] = (64, 128),
+        blocks: Sequence[int] = (2, 4),
+        embedding_dim: int = 128,
+        patch: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(blocks):
+            raise ValueError(
+                f"channels names {len(channels)} levels and blocks {len(blocks)}; "
+                "give as many of one as of the other"
+            )
+        self.patch = patch or _patch(size, 2 ** (len(channels) - 1))
+        self.time = nn.Sequential(
+            nn.Linear(FEATURES, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.widths = [c for c, n in zip(channels, blocks, strict=True) for _ in range(n)]
+        self.modulate = _zero(nn.Linear(embedding_dim, 2 * sum(self.widths)))
+        self.conv_in = nn.Conv2d(in_channels * self.patch**2, channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(_level(c, n) for c, n in zip(channels, blocks, strict=True))
+        self.fold = nn.ModuleList(
+            nn.Conv2d(4 * a, b, 1) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.out = nn.Linear(channels[-1], classes)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Map images x (B, C, H, W) at times (B,) in [0, 1] to logits (B, classes)."""
+        features = sinusoidal(1000 * time, FEATURES).to(self.modulate.weight.dtype)
+        h = self.conv_in(_fold(x, self.patch))
+        told = _modulation(self.modulate(F.silu(self.time(features))), self.widths, h.dtype)
+        for depth, level in enumerate(self.levels):
+            if depth:
+                h = self.fold[depth - 1](_fold(h, 2))
+            h = _through(level, h, told)
+        return self.out(F.silu(_normalise(h)).mean((2, 3)))
+
+
+def _modulation(
+    modulation: Tensor, widths: Sequence[int], dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the scale and shift (B, C, 1, 1) of each block in turn."""
+    scale, shift = modulation.to(dtype)[:, :, None, None].chunk(2, dim=1)
+    scales, shifts = (scale + 1).split(list(widths), 1), shift.split(list(widths), 1)
+    return zip(scales, shifts, strict=True)
 
 
 def _level(channels: int, blocks: int) -> nn.ModuleList:
