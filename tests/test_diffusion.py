@@ -14,6 +14,11 @@ SCHEDULES = {
     "constant": schedules.Constant(),
     "cosine": schedules.Cosine(),
     "straight": schedules.Straight(),
+    "sigmoid": schedules.Sigmoid(),
+    "zero-terminal": schedules.ZeroTerminal(schedules.Linear()),
+    "ve": schedules.VarianceExploding(),
+    "vp": schedules.VariancePreserving(),
+    "sub-vp": schedules.SubVP(),
 }
 MEAN = torch.tensor([0.4, -0.3], dtype=torch.float64)
 ROOT = torch.tensor([[0.5, 0.0], [0.3, 0.2]], dtype=torch.float64)
@@ -81,6 +86,52 @@ def test_whole_steps_are_the_cumulated_products(name):
     alpha, sigma = schedule(t)
     torch.testing.assert_close(alpha**2, (1 - betas[name]).cumprod(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
+
+
+def test_sigmoid_is_the_papers():
+    # Jabri et al. 2022: gamma(t) = (s(end) - s(t)) / (s(end) - s(start))
+    k = torch.arange(1, 1000, dtype=torch.float64)
+    start, end = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
+    alpha, _ = SCHEDULES["sigmoid"](k / 1000)
+    gamma = (end - torch.sigmoid(6 * k / 1000 - 3)) / (end - start)
+    torch.testing.assert_close(alpha**2, gamma, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "quadratic"])
+def test_zero_terminal_is_algorithm_1(name):
+    k = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, _ = SCHEDULES[name](k)
+    expected = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    found, sigma = schedules.ZeroTerminal(SCHEDULES[name])(k)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
+    assert (found[-1], sigma[-1]) == (0, 1)
+    torch.testing.assert_close(found**2 + sigma**2, torch.ones_like(k))
+
+
+def test_the_sdes_are_the_papers():
+    # Song et al. 2021, eq. 29, by integrating beta and g^2 numerically.
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    for name in ("vp", "sub-vp"):
+        alpha, sigma = SCHEDULES[name](t)
+        integral = torch.cumulative_trapezoid(0.1 + 19.9 * t, t)
+        torch.testing.assert_close(alpha[1:], (-integral / 2).exp(), rtol=1e-6, atol=0)
+        variance = 1 - (-integral).exp()
+        if name == "sub-vp":
+            variance = variance**2
+        torch.testing.assert_close(sigma[1:] ** 2, variance, rtol=1e-6, atol=0)
+    _, sigma = SCHEDULES["ve"](t)
+    assert float(sigma[-1]) == pytest.approx(50)
+    geometric = 0.01 * 5000**t
+    assert (sigma[20_000:] / geometric[20_000:] - 1).abs().max() < 0.02
+    one, _ = SCHEDULES["vp"](torch.tensor([0.25, 1.0]))
+    many, _ = schedules.Linear(100_000, 0.1 / 1e5, 20 / 1e5)(torch.tensor([0.25, 1.0]))
+    torch.testing.assert_close(one, many, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", [schedules.VarianceExploding, schedules.VariancePreserving])
+def test_ends_in_the_wrong_order_are_refused(kind):
+    with pytest.raises(ValueError, match="expected 0 <"):
+        kind(2.0, 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -152,7 +203,8 @@ def test_solvers_converge_to_the_flow_at_their_order(name, solver, order):
 def test_stochastic_solvers_reach_mean_and_covariance(name, solver, own):
     n = 8000
     grid = solvers.even_log_snr
-    drawn = run(solver, SCHEDULES[name], 150, noise(n), grid=grid, **own)
+    _, sigma = levels(SCHEDULES[name], 1.0)
+    drawn = run(solver, SCHEDULES[name], 150, sigma * noise(n), grid=grid, **own)
     torch.testing.assert_close(drawn.mean(0), MEAN, rtol=0, atol=0.025)
     torch.testing.assert_close(drawn.T.cov(), COVARIANCE, rtol=0, atol=0.025)
 
@@ -211,7 +263,7 @@ def test_solvers_yield_each_step_and_call_as_often_as_they_say(solver):
 
 
 def test_unknown_variance_names_the_known():
-    with pytest.raises(ValueError, match="small or large"):
+    with pytest.raises(ValueError, match="small, large or learned"):
         run("ddpm", SCHEDULES["linear"], 2, noise(2), variance="huge")
 
 
@@ -228,11 +280,12 @@ def test_guidance_of_gaussian_classes_moves_the_mean():
 
 def test_times():
     rng = Rng(range(20000))
-    t = times.Uniform()(rng)
+    straight = SCHEDULES["straight"]
+    t = times.Uniform()(rng, straight)
     assert abs(t.mean() - 0.5) < 0.01 and 0 < t.min() and t.max() < 1
-    t = times.Uniform(steps=4)(rng)
+    t = times.Uniform(steps=4)(rng, straight)
     assert t.unique().tolist() == [0.25, 0.5, 0.75, 1.0]
-    t = times.LogitNormal(0.5, 2.0)(rng).logit()
+    t = times.LogitNormal(0.5, 2.0)(rng, straight).logit()
     assert abs(t.mean() - 0.5) < 0.05 and abs(t.std() - 2) < 0.05
 
 

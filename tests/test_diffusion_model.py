@@ -155,6 +155,8 @@ def test_wrong_parts_are_explained():
         model(loss="l3")
     with pytest.raises(ValueError, match="use velocity or straight"):
         model(target="noise")
+    with pytest.raises(ValueError, match="use velocity or straight"):
+        model(schedule=schedules.ZeroTerminal(schedules.Cosine()), target="noise")
     with pytest.raises(ValueError, match="dropout is 1"):
         Labels(3, 8, 1)
 

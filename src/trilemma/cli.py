@@ -767,6 +767,9 @@ def evaluate(
     solver: Solver = None,
     guidance: Guidance = None,
     option: Option = None,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Bits per dimension of diffusion models too: slow.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -779,7 +782,14 @@ def evaluate(
     if what.name == "model.safetensors" or (what / "model.safetensors").exists():
         subject = sampling.load(what, device)
     result = evaluation.evaluate(
-        subject, data, n=n, split=split, features=features, seed=seed, **chosen
+        subject,
+        data,
+        n=n,
+        split=split,
+        features=features,
+        seed=seed,
+        bits=likelihood,
+        **chosen,
     )
     if as_json:
         _say(result)

@@ -40,7 +40,14 @@ from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.restoration import noise_deviation
-from trilemma.model import HasCompletion, HasDenoising, HasLatents, HasLikelihood, Model
+from trilemma.model import (
+    HasCompletion,
+    HasCostlyLikelihood,
+    HasDenoising,
+    HasLatents,
+    HasLikelihood,
+    Model,
+)
 from trilemma.sampling import Trained, grid, to_pil
 
 BATCH = 32
@@ -340,7 +347,8 @@ def _latents(trained: Trained) -> HasLatents:
 
 def _exact(model: Model) -> bool:
     """Whether the model tells exact likelihoods: if it has latents too, they lose nothing."""
-    return isinstance(model, HasLikelihood) and not model.bound
+    told = isinstance(model, HasLikelihood) and not isinstance(model, HasCostlyLikelihood)
+    return told and not model.bound
 
 
 def _batches(trained: Trained, images: Tensor) -> Sequence[Tensor]:

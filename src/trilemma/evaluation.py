@@ -34,7 +34,7 @@ from trilemma.metrics.reading import read_images
 from trilemma.metrics.reference import Reference
 from trilemma.metrics.sliced import sliced_wasserstein
 from trilemma.metrics.speed import speed
-from trilemma.model import HasLikelihood
+from trilemma.model import HasCostlyLikelihood, HasLikelihood
 from trilemma.sampling import Trained
 
 FEW = 2000  # drawn images below which scores are said to be rough
@@ -57,6 +57,7 @@ def evaluate(
     features: FeaturesLike = "lite0",
     seed: int = 0,
     training: Dataset | None = None,
+    bits: bool = False,
     device_name: str | None = None,
     **sample_options: Any,
 ) -> dict[str, Any]:
@@ -74,13 +75,15 @@ def evaluate(
         seed: of the first drawn image; image i has seed + i.
         training: the training images, when `data` is a loaded Dataset; None leaves out whether the
             model has memorised them.
+        bits: tell the likelihood also where it takes tens to thousands of network calls for each
+            picture, as of diffusion models.
         device_name: where the feature network runs; None picks the fastest there is.
         **sample_options: options for the model's `sample`, and `label`.
 
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
-        `likelihood` if the model tells any: see `likelihood`; `protocol`: what the scores depend
-        on; `warnings`: a list of sentences.
+        `likelihood` if the model tells any, and without `bits` if at once: see `likelihood`;
+        `protocol`: what the scores depend on; `warnings`: a list of sentences.
 
     Raises:
         UserError: something given cannot be used.
@@ -89,6 +92,8 @@ def evaluate(
         raise UserError(f"n is {n}; a distance needs at least 2 images")
     see = extractor(features, device_name)
     what = _opened(what)
+    if bits and not (isinstance(what, Trained) and isinstance(what.model, HasLikelihood)):
+        raise UserError("a likelihood was asked for and what draws tells none; leave it out")
     images, sampling, cost = _images(what, n, seed, sample_options)
     real, held_out, trained_on = _real(data, split, training, tuple(images.shape[1:]), see)
     drawn = see(images)
@@ -113,12 +118,12 @@ def evaluate(
     result: dict[str, Any] = {"scores": named}
     if cost is not None:
         result["speed"] = cost
-    if isinstance(what, Trained) and isinstance(what.model, HasLikelihood):
+    if isinstance(what, Trained) and (bits or _at_once(what)):
         if not isinstance(data, Dataset) and Path(data).suffix != ".npz":
             channels, height, _ = images.shape[1:]
             data = pictures.load(data, split=split, size=height, channels=channels)
         if isinstance(data, Dataset):
-            result["likelihood"] = likelihood(what, data)
+            result["likelihood"] = likelihood(what, data, bits)
     return result | {"protocol": protocol, "warnings": _warnings(protocol, n, scores)}
 
 
@@ -152,10 +157,17 @@ def score(drawn: Features, real: Reference, *, seed: int = 0) -> dict[str, float
     return scores
 
 
-def likelihood(trained: Trained, data: Dataset) -> dict[str, Any] | None:
+def _at_once(trained: Trained) -> bool:
+    """Whether the model tells likelihoods in a few network calls."""
+    model = trained.model
+    return isinstance(model, HasLikelihood) and not isinstance(model, HasCostlyLikelihood)
+
+
+def likelihood(trained: Trained, data: Dataset, costly: bool = False) -> dict[str, Any] | None:
     """Return the bits per dimension of the data's pictures under a model, with their protocol.
 
-    None if the model tells no likelihoods. Of a model with K classes p(x) is over equally frequent
+    None if the model tells no likelihoods, or only at the price of many network calls and not
+    `costly`. Of a model with K classes p(x) is over equally frequent
     ones. The sum over all of them takes K passes of most models; its term of the picture's own
     class, log p(x) >= log p(x | y) - log K, takes one, and is off by log2(K) / D bits per dimension
     at most: 0.004 of ten classes on 28 x 28 pixels. Unlabelled data take all passes.
@@ -166,7 +178,7 @@ def likelihood(trained: Trained, data: Dataset) -> dict[str, Any] | None:
         data.
     """
     model = trained.model
-    if not isinstance(model, HasLikelihood):
+    if not isinstance(model, HasLikelihood) or not (costly or _at_once(trained)):
         return None
     rows = references.thinned(len(data), LIKELY)
     images, label, missed = data.tensor(rows), None, 0.0

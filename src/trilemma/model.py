@@ -80,6 +80,17 @@ class HasLikelihood(Protocol):
 
 
 @runtime_checkable
+class HasCostlyLikelihood(HasLikelihood, Protocol):
+    """Takes so many network calls to tell a likelihood that it is only told when asked for.
+
+    Attributes:
+        likelihood_calls: how many.
+    """
+
+    likelihood_calls: int
+
+
+@runtime_checkable
 class HasLatents(Protocol):
     """Maps images to latents and back: interpolation and arithmetic, alike in every family."""
 

@@ -28,6 +28,8 @@ from torch import Tensor
 from trilemma.batch import Rng
 from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Schedule
+from trilemma.diffusion.schedules import levels as _levels
+from trilemma.diffusion.stochastic import langevin, predictor_corrector, reverse_sde
 
 Grid = Callable[[Schedule, int], Tensor]
 """(schedule, steps) -> (steps + 1,) falling float64 times, from 1 to 0."""
@@ -71,13 +73,6 @@ def _at(schedule: Schedule, ratio: Tensor) -> Tensor:
     return torch.cat([ratio.new_ones(1), schedule.time(-2 * ratio.log()), ratio.new_zeros(1)])
 
 
-def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float, float]]:
-    """Return (t, alpha, sigma) at each time as Python numbers, which keep float64's precision."""
-    times = times.double()
-    alpha, sigma = schedule(times)
-    return list(zip(times.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
-
-
 def ddim(
     denoise: Denoiser,
     x: Tensor,
@@ -117,6 +112,7 @@ def ddpm(
     rng: Rng,
     *,
     variance: str = "small",
+    share: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Draw each next x from the posterior given x_0: ancestral sampling.
 
@@ -126,10 +122,14 @@ def ddpm(
         times: (steps + 1,) falling to 0.
         schedule: of the model.
         rng: fresh noise.
-        variance: "small", the posterior's (beta tilde), or "large", the forward step's (beta).
+        variance: "small", the posterior's (beta tilde), "large", the forward step's (beta), or
+            "learned", between them in log: Nichol & Dhariwal 2021, eq. 15.
+        share: says, of the last call of `denoise`, the share (B, ...) of the large one.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance '{variance}' is not known; expected small or large")
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f"variance '{variance}' is not known; expected small, large or learned")
+    if variance == "learned" and share is None:
+        raise ValueError("variance 'learned' needs a model that has learned it; use small or large")
     levels = _levels(schedule, times)
     for (t, alpha, sigma), (_, alpha_next, sigma_next) in zip(levels, levels[1:], strict=False):
         x0 = denoise(x, t)
@@ -138,7 +138,9 @@ def ddpm(
         x = (shrink * sigma_next**2 * x + alpha_next * step_variance * x0) / sigma**2
         if sigma_next:
             small = step_variance * (sigma_next / sigma) ** 2
-            scale = (step_variance if variance == "large" else small) ** 0.5
+            scale: float | Tensor = (step_variance if variance == "large" else small) ** 0.5
+            if variance == "learned" and share is not None:
+                scale = scale * (sigma_next / sigma) ** -share()[: len(x)]
             x = x + scale * rng.normal(*x.shape[1:])
         yield x
 
@@ -221,6 +223,9 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, even_share),
     "heun": Solver(heun, karras, calls=2),
     "dpmpp_2m": Solver(dpmpp_2m, even_log_snr),
+    "langevin": Solver(langevin, even_log_snr, calls=5),
+    "sde": Solver(reverse_sde, even_log_snr),
+    "pc": Solver(predictor_corrector, even_log_snr, calls=2),
 }
 GRIDS: dict[str, Grid] = {
     "even_time": even_time,

@@ -8,22 +8,32 @@ Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", algorithms 1 
 schedule `Linear` with the noise target; flow matching (Lipman et al. 2023) and rectified flow (Liu
 et al. 2023) are the schedule `Straight` with the straight target. Scaling the input to unit
 variance, c_in = 1 / sqrt(alpha^2 data_std^2 + sigma^2), is from Karras et al. 2022, "Elucidating
-the Design Space of Diffusion-Based Generative Models", table 1.
+the Design Space of Diffusion-Based Generative Models", table 1; the rest of that table is the
+preconditioned target. Score models (Song & Ermon 2019, Song et al. 2021) are the noise target,
+whose error is the score's times sigma, over `VarianceExploding` and its kin.
+
+With learned variances (Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic
+Models", section 3.1) the network's output has twice the channels: the second half says where a
+step's variance lies. It learns from the bound on the likelihood, which x_0 does not feel:
+
+    loss = |F - a x_0 - b noise|^2 + 0.001 T L_t / log 2        (per number, L_t in nats)
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.batch import Batch, Condition, Rng
+from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
 from trilemma.diffusion.guidance import (
@@ -38,15 +48,19 @@ from trilemma.diffusion.guidance import (
     within,
 )
 from trilemma.diffusion.inpainting import repaint
+from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
+from trilemma.diffusion.pairing import PAIRINGS
 from trilemma.diffusion.schedules import Linear, Schedule
 from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, heun, karras
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Uniform
-from trilemma.diffusion.weights import LOSSES, Even
+from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded, check_shape
 
 INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
+LIKELIHOOD_STEPS = 16  # of Runge and Kutta's method, four network calls each and their gradients
+BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021
 
 
 class Diffusion(Model):
@@ -57,11 +71,19 @@ class Diffusion(Model):
         network: `(x (B, C, H, W), time (B,), embedded) -> (B, C, H, W)`.
         conditioner: from Condition to Embedded; None for an unconditional model.
         schedule: (alpha, sigma) over time; Linear if None.
-        target: what the network predicts: noise, image, velocity or straight.
+        target: what the network predicts: noise, image, velocity, straight or preconditioned.
         loss: l2, l1 or huber.
         weight: of an error at a time; Even if None.
         times: which times training visits; Uniform if None.
-        data_std: standard deviation of x_0, for c_in.
+        data_std: standard deviation of x_0, for c_in and the preconditioned target.
+        uncertainty: learns how large the error is at a time, by which it is divided; or None.
+        pairing: of noise with pictures: independent, or optimal (see `diffusion.pairing`).
+        learn_variance: the network says the variance of a step too, in as many channels again.
+        dequantise: spread the pictures' levels over their cells, so that they have a density.
+
+    Attributes:
+        discrete: times are those of T steps; then the likelihood is a bound over the steps.
+        share: where the last `denoise` saw the variance between small (0) and large (1).
     """
 
     def __init__(
@@ -73,19 +95,33 @@ class Diffusion(Model):
         target: str = "noise",
         loss: str = "l2",
         weight: Callable | None = None,
-        times: Callable[[Rng], Tensor] | None = None,
+        times: Callable[[Rng, Schedule], Tensor] | None = None,
         data_std: float = 1.0,
+        uncertainty: Uncertainty | None = None,
+        pairing: str = "independent",
+        learn_variance: bool = False,
+        dequantise: bool = False,
     ) -> None:
         super().__init__()
         self.codec = codec
         self.network = network
         self.conditioner = conditioner or Labels(0, 0)
         self.schedule = schedule or Linear()
-        self.target = TARGETS[_known("target", target, TARGETS)]
+        self.target = partial(TARGETS[_known("target", target, TARGETS)], data_std=data_std)
         self.error = LOSSES[_known("loss", loss, LOSSES)]
         self.weight = weight or Even()
         self.times = times or Uniform()
         self.data_std = data_std
+        self.uncertainty = uncertainty
+        self.pair = PAIRINGS[_known("pairing", pairing, PAIRINGS)]
+        self.learn_variance, self.dequantise = learn_variance, dequantise
+        self.share: Tensor | None = None
+        self.steps = self.times.steps if isinstance(self.times, Uniform) else None
+        if learn_variance and self.steps is None:
+            raise ValueError(
+                "learn_variance learns the variances of steps, and the model's times are not in "
+                "steps; give it times of type diffusion.times.Uniform with steps = 1000"
+            )
         alpha, sigma = self.schedule(torch.ones(()))
         a, b = self.target(alpha, sigma)
         if b * alpha - a * sigma == 0:
@@ -96,27 +132,57 @@ class Diffusion(Model):
 
     def phases(self) -> list[Phase]:
         """Return the one phase: denoising."""
-        return [Phase("denoise", self.loss, [self.network, self.conditioner])]
+        modules = [self.network, self.conditioner]
+        if self.uncertainty is not None:
+            modules.append(self.uncertainty)
+        return [Phase("denoise", self.loss, modules)]
 
     def loss(self, batch: Batch) -> Losses:
         """Return the weighted error of the network's output at random times."""
         rng = batch.rng
-        x0 = self.codec.encode(batch.image)
-        t = self.times(rng)  # (B,)
+        image = batch.image
+        if self.dequantise:
+            image = dequantise(image, rng.uniform(*image.shape[1:]))
+        x0 = self.codec.encode(image)
+        t = self.times(rng, self.schedule)  # (B,)
         noise = rng.normal(*x0.shape[1:])
+        noise = self.pair(noise, x0, batch.condition.label if self.conditioner.classes else None)
         alpha, sigma = (_like(v, x0) for v in self.schedule(t))
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
         embedded = self.conditioner(batch.condition, rng, batch.image)
-        output = self._network(x, t, alpha, sigma, embedded)
+        output, share = self._estimate(x, t, alpha, sigma, embedded)
         error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
-        return {"loss": error.mean()}
+        losses = {"loss": error.mean()}
+        if self.uncertainty is not None:
+            u = self.uncertainty(t)
+            losses["error"] = losses["loss"]
+            losses["loss"] = (error.flatten(1).mean(1) * (-u).exp() + u).mean()
+        if share is not None and self.steps is not None:
+            guess = clean(x, output.detach(), alpha, sigma, ab)
+            k = (t.double() * self.steps).round().long()
+            nats = step_nats(x0, guess, share, k, self.schedule, self.steps)
+            losses["bound"] = self.steps * nats.mean() / math.log(2)  # bits per dimension, but L_T
+            losses["loss"] = losses["loss"] + BOUND_WEIGHT * losses["bound"]
+        return losses
+
+    def _estimate(
+        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return F (B, ...), and the share (B, ...) of the large variance if it is learned."""
+        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
+        output = self.network(scale * x, t, embedded).to(x.dtype)
+        if not self.learn_variance:
+            return output, None
+        output, between = output.chunk(2, dim=1)
+        return output, (1 + between) / 2
 
     def _network(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
     ) -> Tensor:
-        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
-        return self.network(scale * x, t, embedded).to(x.dtype)
+        output, share = self._estimate(x, t, alpha, sigma, embedded)
+        self.share = None if share is None else share.detach()
+        return output
 
     def denoise(self, x: Tensor, t: float, embedded: Embedded) -> Tensor:
         """Return the x_0 (B, ...) that the network expects behind x_t at one time t."""
@@ -173,6 +239,8 @@ class Diffusion(Model):
 
         def with_and_without(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
             with_it, without = self.denoise(torch.cat([x, x]), t, doubled).chunk(2)
+            if self.share is not None:
+                self.share = self.share[: len(x)]
             return with_it, without
 
         return with_and_without
@@ -232,6 +300,57 @@ class Diffusion(Model):
         output = self._network(x, t, alpha, sigma, nothing)
         return self.codec.decode(clean(x, output, alpha, sigma, self.target(alpha, sigma)))
 
+    @property
+    def discrete(self) -> bool:
+        """Whether times are those of steps: then `log_prob` is of 8-bit pictures, and a bound."""
+        return self.steps is not None
+
+    @property
+    def bound(self) -> bool:
+        """Whether `log_prob` is a bound from below."""
+        return self.discrete
+
+    @property
+    def likelihood_calls(self) -> int:
+        """Network calls of `log_prob`; with their gradients where times are continuous."""
+        return self.steps or 4 * LIKELIHOOD_STEPS
+
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
+
+        With continuous times the density by the flow, else the bound by the steps, with the small
+        variance or the learned one: `diffusion.likelihood`. A picture's noise is a function of the
+        picture. In float32, for bfloat16 is too coarse for sums over many calls.
+
+        Raises:
+            ValueError: a model of latents, or a continuous one that was not trained with
+                dequantise.
+        """
+        if type(self.codec) is not Pixels:
+            raise ValueError(
+                f"a model of {type(self.codec).__name__} tells no likelihood of pictures; "
+                "ask one with codecs.Pixels"
+            )
+        if not self.discrete and not self.dequantise:
+            raise ValueError(
+                "the density of pictures is asked of a model that learned their levels, where it "
+                "has no bound; train one with --set model.dequantise=true"
+            )
+        levels = to_uint8(image).flatten(1).long()
+        place = torch.arange(1, levels.shape[1] + 1, device=levels.device)
+        rng = Rng((levels * place).sum(1), image.device)
+        with torch.autocast(image.device.type, enabled=False):
+            embedded = self.conditioner(Condition(len(image), label))
+            denoise: Denoiser = lambda x, t: self.denoise(x, t, embedded)  # noqa: E731
+            if self.steps is None:
+                return flow_log_prob(denoise, image, self.schedule, rng, steps=LIKELIHOOD_STEPS)
+
+            def guess(x: Tensor, t: float) -> tuple[Tensor, Tensor | float]:
+                x0 = denoise(x, t).clamp(-1, 1)
+                return x0, 0.0 if self.share is None else self.share
+
+            return step_bound(guess, image, self.schedule, rng, self.steps)
+
     def sample_steps(
         self,
         condition: Condition,
@@ -244,6 +363,9 @@ class Diffusion(Model):
         eta: float | None = None,
         variance: str | None = None,
         begin: tuple[Tensor, float] | None = None,
+        moves: int | None = None,
+        size: float | None = None,
+        snr: float | None = None,
     ) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`.
 
@@ -253,11 +375,24 @@ class Diffusion(Model):
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
         times = (GRIDS[_known("grid", grid, GRIDS)] if grid else own_grid)(self.schedule, steps)
-        own = {"eta": eta, "variance": variance}
+        own: dict[str, Any] = {
+            "eta": eta,
+            "variance": variance,
+            "moves": moves,
+            "size": size,
+            "snr": snr,
+        }
         own = {name: value for name, value in own.items() if value is not None}
         for name in own:
             if name not in inspect.signature(function).parameters:
                 raise ValueError(f"solver {solver} has no option '{name}'; leave it out")
+        if variance == "learned":
+            if not self.learn_variance:
+                raise ValueError(
+                    "variance 'learned' needs a model trained with learn_variance; use small or "
+                    "large"
+                )
+            own["share"] = lambda: self.share
         denoise = self.denoiser(condition, guidance)
         noise = rng.normal(*self.codec.shape)
         if begin is None:
@@ -285,19 +420,25 @@ class Diffusion(Model):
         grid: str | None = None,
         eta: float | None = None,
         variance: str | None = None,
+        moves: int | None = None,
+        size: float | None = None,
+        snr: float | None = None,
     ) -> Tensor:
         """Draw images (B, C, H, W) in [-1, 1].
 
         Args:
             condition: what to draw; a label of None draws from all classes.
             rng: one stream per image.
-            solver: ddpm, ddim, euler, heun or dpmpp_2m.
+            solver: one of diffusion.solvers.SOLVERS.
             steps: of the solver, from noise to picture.
             guidance: how far the condition is overdone, 1 being not at all; or all that guides.
             grid: where the steps lie: even_time, even_share, even_log_snr or karras; the solver's
                 own if None.
             eta: ddim's share of fresh noise, 0 to 1.
-            variance: ddpm's, small or large.
+            variance: ddpm's, small, large or learned.
+            moves: langevin's at each noise level.
+            size: of langevin's moves, as a share of the noise's variance.
+            snr: pc's, the score's part of a move to the noise's.
 
         Raises:
             ValueError: an unknown solver or grid, an option that the solver does not have, fewer
@@ -312,6 +453,9 @@ class Diffusion(Model):
             grid=grid,
             eta=eta,
             variance=variance,
+            moves=moves,
+            size=size,
+            snr=snr,
         )
         return deque(drawing, maxlen=1).pop()
 
