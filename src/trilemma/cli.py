@@ -113,6 +113,13 @@ Features = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a solver.")]
 Solver = Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m ...")]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the steps lie: even_time, trailing, even_share, even_log_snr or karras.",
+        show_default="tuned, or the solver's own",
+    ),
+]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
 
 
@@ -232,6 +239,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     solver: Solver = None,
+    grid: Grid = None,
     guidance: Guidance = None,
     option: Option = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
@@ -239,7 +247,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a trained model, as numbered PNGs and a grid."""
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    chosen: dict[str, Any] = {"steps": steps, "solver": solver, "grid": grid, "guidance": guidance}
+    chosen |= options(option or [])
     from rich.progress import track
 
     from trilemma import sampling
@@ -253,6 +262,34 @@ def sample(
         _say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+@app.command("tune-steps")
+def tune_steps(
+    run: Run,
+    calls: Annotated[int, typer.Option(min=1, help="Network calls for each picture.")] = 10,
+    solver: Solver = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Noises to fit to.")] = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the times at which few steps come closest to many, and keep them in the run."""
+    from trilemma import tuning
+
+    with screen.status("tuning"):
+        told = tuning.tune_steps(run, calls, solver=solver, n=n, seed=seed, device_name=device)
+    if as_json:
+        _say(told)
+        return
+    print(f"{told['solver']}, {told['steps']} steps: distance from {tuning.REFERENCE} steps")
+    for name, distance in told["distances"].items():
+        print(f"  {name:14}{distance:.5f}{' (its own)' * (name == told['own'])}")
+    asked = f"trilemma sample {run} --solver {told['solver']} --steps {told['steps']}"
+    if told["kept"]:
+        screen.print(f"kept in the run: {asked} now uses the tuned grid")
+    else:
+        screen.print("no better than the best of those named: not kept")
 
 
 def _read(trained: Any, source: str) -> tuple[list[str], Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trilemma import checkpoint, device, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.errors import UserError
-from trilemma.model import Generator, Model
+from trilemma.model import Generator, HasOwnOptions, Model
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Trained:
         data: facts of the training data: `name`, `shape` (C, H, W), `label_names`, ...
         progress: `step`, `seen` (images), `elapsed` (seconds of training).
         path: the run folder or file it was read from; None while training.
+        tuned: grids found for it (`tuning`): `solver`, `steps`, and the `times` it then steps by.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Trained:
     data: dict[str, Any]
     progress: dict[str, Any]
     path: Path | None = None
+    tuned: Sequence[dict[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -82,18 +84,32 @@ class Trained:
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the complete sampling options: the recipe's defaults, then `given`.
 
+        Of the recipe's, a solver's own options go with that solver. The grid is the one tuned for
+        the solver and its steps, if there is one and no other was asked for.
+
         Raises:
             UserError: an option that this family's `sample` does not have.
         """
         parameters = inspect.signature(self.generator.sample).parameters
-        accepted = [name for name in parameters if name not in ("condition", "rng")]
-        chosen = {**self.sample_defaults, **{k: v for k, v in given.items() if v is not None}}
+        named = {k: v for k, v in parameters.items() if v.kind is not v.VAR_KEYWORD}
+        accepted = [name for name in named if name not in ("condition", "rng")]
+        asked = {k: v for k, v in given.items() if v is not None}
+        chosen = self.sample_defaults
+        if asked.get("solver", chosen.get("solver")) != chosen.get("solver"):
+            chosen = {k: v for k, v in chosen.items() if k in named}
+        chosen |= asked
+        if isinstance(self.model, HasOwnOptions):
+            accepted += self.model.own_options(chosen)
         for name in chosen:
             if name not in accepted:
                 raise UserError(
                     f"{self.name} cannot be sampled with '{name}'"
                     f"{recipe.suggest(name, accepted)}; it takes {', '.join(accepted) or 'none'}"
                 )
+        for grid in self.tuned:
+            stepping = {k: chosen.get(k, named[k].default) for k in ("solver", "steps")}
+            if "grid" not in asked and stepping == {k: grid[k] for k in stepping}:
+                return chosen | {"grid": grid["times"]}
         return chosen
 
     def labels(self, n: int, label: str | int | None) -> Tensor | None:
@@ -221,7 +237,8 @@ def load(run: str | Path, device_name: str | None = None) -> Trained:
     where = device.pick(device_name)
     precision = facts["recipe"]["train"].get("precision", "auto")
     device.prepare(model, where, device.dtype(precision, where))
-    return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run))
+    tuned = facts.get("tuned", ())
+    return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run), tuned)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -304,9 +321,11 @@ def save(
 def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     info.add_text("trilemma", json.dumps(facts))
+    grid = facts["sample"].get("grid")
     said = {
         "Steps": facts["sample"].get("steps"),
         "Sampler": facts["sample"].get("solver"),
+        "Schedule type": grid if grid is None or isinstance(grid, str) else "tuned",
         "CFG scale": facts["sample"].get("guidance"),
         "Seed": facts["seed"],
         "Size": "{2}x{1}".format(*trained.data["shape"]),

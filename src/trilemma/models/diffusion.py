@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Labels
+from trilemma.diffusion.grids import CLEANEST, GRIDS, given, karras
 from trilemma.diffusion.guidance import Denoiser, classifier_free, clipped
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, heun, karras
+from trilemma.diffusion.solvers import SOLVERS, check, heun
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Uniform
 from trilemma.diffusion.weights import LOSSES, Even
@@ -181,25 +183,29 @@ class Diffusion(Model):
         solver: str = "dpmpp_2m",
         steps: int = 20,
         guidance: float = 1.0,
-        grid: str | None = None,
-        eta: float | None = None,
-        variance: str | None = None,
+        grid: str | Sequence[float] | None = None,
+        **own: Any,
     ) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
-        function, own_grid, _ = SOLVERS[_known("solver", solver, SOLVERS)]
+        chosen = check(solver, own)
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
-        times = (GRIDS[_known("grid", grid, GRIDS)] if grid else own_grid)(self.schedule, steps)
-        own = {"eta": eta, "variance": variance}
-        own = {name: value for name, value in own.items() if value is not None}
-        for name in own:
-            if name not in inspect.signature(function).parameters:
-                raise ValueError(f"solver {solver} has no option '{name}'; leave it out")
+        if grid is None:
+            times = chosen.grid(self.schedule, steps)
+        elif isinstance(grid, str):
+            times = GRIDS[_known("grid", grid, GRIDS)](self.schedule, steps)
+        else:
+            times = given(grid, steps)
         denoise = self.denoiser(condition, guidance)
         _, sigma = self.schedule(times[:1])
         start = float(sigma) * rng.normal(*self.codec.shape)
-        for x in function(denoise, start, times, self.schedule, rng, **own):
+        for x in chosen.steps(denoise, start, times, self.schedule, rng, **own):
             yield self.codec.decode(x)
+
+    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return the names that `sample` takes beside its own: those of the chosen solver."""
+        solver = chosen.get("solver", inspect.signature(self.sample).parameters["solver"].default)
+        return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def sample(
         self,
@@ -209,36 +215,28 @@ class Diffusion(Model):
         solver: str = "dpmpp_2m",
         steps: int = 20,
         guidance: float = 1.0,
-        grid: str | None = None,
-        eta: float | None = None,
-        variance: str | None = None,
+        grid: str | Sequence[float] | None = None,
+        **own: Any,
     ) -> Tensor:
         """Draw images (B, C, H, W) in [-1, 1].
 
         Args:
             condition: what to draw; a label of None draws from all classes.
             rng: one stream per image.
-            solver: ddpm, ddim, euler, heun or dpmpp_2m.
+            solver: one of `SOLVERS`.
             steps: of the solver, from noise to picture.
             guidance: how far the condition is overdone; 1 is not at all.
-            grid: where the steps lie: even_time, even_share, even_log_snr or karras; the solver's
-                own if None.
-            eta: ddim's share of fresh noise, 0 to 1.
-            variance: ddpm's, small or large.
+            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
+                solver's own if None.
+            own: the solver's own options, such as ddim's eta.
 
         Raises:
             ValueError: an unknown solver or grid, an option that the solver does not have, fewer
-                than one step, or guidance of a model that cannot be guided.
+                than one step, times that do not fall in so many steps, or guidance of a model that
+                cannot be guided.
         """
         drawing = self.sample_steps(
-            condition,
-            rng,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            grid=grid,
-            eta=eta,
-            variance=variance,
+            condition, rng, solver=solver, steps=steps, guidance=guidance, grid=grid, **own
         )
         return deque(drawing, maxlen=1).pop()
 
