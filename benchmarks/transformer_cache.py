@@ -24,9 +24,7 @@ from trilemma.networks.transformer import Cache, CausalTransformer
 PARTS = 8  # of the sequence, whose costs are compared
 
 
-def tokens(
-    model: PixelAutoregressive, cached: bool, batch: int
-) -> tuple[Tensor, list[float]]:
+def tokens(model: PixelAutoregressive, cached: bool, batch: int) -> tuple[Tensor, list[float]]:
     """Draw a batch of sequences; return them and the seconds that each position took."""
     length, label = model.codec.length, torch.zeros(batch, 0)
     uniform, cache = Rng(range(batch)).uniform(length), Cache(length) if cached else None

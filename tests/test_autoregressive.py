@@ -88,9 +88,7 @@ def test_a_sharp_mixture_far_from_the_pixel_is_finite_and_has_gradients():
 def test_the_mixture_draws_what_it_says():
     colour, count = mixture(2, 1), 20_000
     uniform = Rng(range(count)).uniform(1, 1, 3)
-    many = LogisticMixture(
-        *(v.expand(count, *v.shape[1:]) for v in vars(colour).values())
-    )
+    many = LogisticMixture(*(v.expand(count, *v.shape[1:]) for v in vars(colour).values()))
     levels = to_uint8(many.sample(uniform, 1.0)).flatten(1).long()  # (N, 2)
     expected = log_probs(first(colour, 1)).exp()
     drawn = torch.bincount(levels[:, 0], minlength=256) / count

@@ -144,6 +144,7 @@ def test_a_resumed_run_is_the_same_run(name, data, tmp_path):
 
 def _stop_after(step):
     """Return a probe that asks the run to stop, as a signal would, once `step` is reached."""
+
     def probe(trained, elapsed):
         if trained.progress["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from test_diffusion import COVARIANCE, MEAN, SCHEDULES, exact, levels, noise
+from gaussian import COVARIANCE, MEAN, SCHEDULES, exact, levels, noise
 from test_diffusion_model import SHAPE, batch, model
 from test_likelihood import dataset
 from test_likelihood import trained as as_trained

@@ -91,8 +91,13 @@ def fit(data, tmp_path, monkeypatch):
 
     def train(name, out, *overrides, **options):
         return training.train(
-            tmp_path / f"{name}.toml", data, out=tmp_path / out, overrides=overrides,
-            seed=1, quiet=True, **{"steps": 6, **options},
+            tmp_path / f"{name}.toml",
+            data,
+            out=tmp_path / out,
+            overrides=overrides,
+            seed=1,
+            quiet=True,
+            **{"steps": 6, **options},
         )
 
     return train

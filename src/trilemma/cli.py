@@ -121,6 +121,13 @@ Features = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of a solver.")]
 Solver = Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun, dpmpp_2m ...")]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the steps lie: even_time, trailing, even_share, even_log_snr or karras.",
+        show_default="tuned, or the solver's own",
+    ),
+]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
 
 
@@ -297,6 +304,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     solver: Solver = None,
+    grid: Grid = None,
     guidance: Guidance = None,
     guidance_interval: Annotated[
         str | None,
@@ -330,9 +338,10 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a trained model, as numbered PNGs and a grid."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "steps": steps,
         "solver": solver,
+        "grid": grid,
         "guidance": guidance,
         "guidance_interval": guidance_interval and numbers(guidance_interval),
         "guidance_rescale": guidance_rescale,
@@ -356,6 +365,34 @@ def sample(
         _say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+@app.command("tune-steps")
+def tune_steps(
+    run: Run,
+    calls: Annotated[int, typer.Option(min=1, help="Network calls for each picture.")] = 10,
+    solver: Solver = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Noises to fit to.")] = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the times at which few steps come closest to many, and keep them in the run."""
+    from trilemma import tuning
+
+    with screen.status("tuning"):
+        told = tuning.tune_steps(run, calls, solver=solver, n=n, seed=seed, device_name=device)
+    if as_json:
+        _say(told)
+        return
+    print(f"{told['solver']}, {told['steps']} steps: distance from {tuning.REFERENCE} steps")
+    for name, distance in told["distances"].items():
+        print(f"  {name:14}{distance:.5f}{' (its own)' * (name == told['own'])}")
+    asked = f"trilemma sample {run} --solver {told['solver']} --steps {told['steps']}"
+    if told["kept"]:
+        screen.print(f"kept in the run: {asked} now uses the tuned grid")
+    else:
+        screen.print("no better than the best of those named: not kept")
 
 
 def _read(trained: Any, source: str, shape: Any = None) -> tuple[list[str], Any]:
@@ -475,9 +512,7 @@ def edit_complete(
     trained = sampling.load(run, device)
     names, images = _read(trained, pictures)
     chosen = {"temperature": temperature, **options(option or [])}
-    made = edit.complete(
-        trained, images, share, n, seed=seed, label=label, track=_track, **chosen
-    )
+    made = edit.complete(trained, images, share, n, seed=seed, label=label, track=_track, **chosen)
     facts: dict[str, Any] = {"edit": "complete", "pictures": names, "keep": share, "seed": seed}
     facts |= {"label": label, "sample": trained.options(chosen)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
@@ -736,9 +771,7 @@ def upscale(
 
 
 @app.command()
-def score(
-    run: Run, pictures: Pictures, device: Device = None, as_json: Json = False
-) -> None:
+def score(run: Run, pictures: Pictures, device: Device = None, as_json: Json = False) -> None:
     """Say which pictures the model finds strange, the strangest first: anomaly detection."""
     from trilemma import edit, sampling
 
@@ -809,9 +842,7 @@ def compare(
     ] = None,
     size: Size = None,
     seed: Seed = 0,
-    n: Annotated[
-        int, typer.Option("-n", "--n", min=50, help="Pictures each is judged by.")
-    ] = 2000,
+    n: Annotated[int, typer.Option("-n", "--n", min=50, help="Pictures each is judged by.")] = 2000,
     probes: Annotated[int, typer.Option(min=0, help="Quick scores while a model trains.")] = 4,
     features: Features = "lite0",
     changes: Changes = None,

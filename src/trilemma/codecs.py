@@ -47,9 +47,7 @@ class Tokens(nn.Module, ABC):
         grid: rows, columns and tokens at each place, which is the order of the sequence too.
     """
 
-    def __init__(
-        self, shape: Sequence[int], vocabulary: int, grid: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, shape: Sequence[int], vocabulary: int, grid: tuple[int, int, int]) -> None:
         super().__init__()
         self.shape, self.vocabulary, self.grid = tuple(shape), vocabulary, grid
         self.length = math.prod(grid)

@@ -239,9 +239,7 @@ def add_noise(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
     return to_uint8(to_float(images) + deviation * noise)
 
 
-def score(
-    trained: Trained, images: Tensor, track: Track = iter
-) -> tuple[Tensor, str]:
+def score(trained: Trained, images: Tensor, track: Track = iter) -> tuple[Tensor, str]:
     """Return how strange each picture is to the model (N,), higher is stranger, and by what.
 
     By what the latents lose of it, the root of the mean squared error on the scale of 0 to 255,

@@ -8,7 +8,7 @@ VAE has one phase, a GAN two, and the training loop treats them alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,6 +55,15 @@ class Generator(Protocol):
 
     def sample(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
         """Draw (B, C, H, W) images in [-1, 1] as `condition` says, one stream of `rng` each."""
+        ...
+
+
+@runtime_checkable
+class HasOwnOptions(Protocol):
+    """Takes sampling options that depend on others, such as those of a solver."""
+
+    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return the names of what `sample` takes beside its own options, with those chosen."""
         ...
 
 

@@ -164,11 +164,7 @@ def outpaint(
     options = trained.opened(options)
     draw = _painting(trained, _options(trained, options, label, "inpaint"))
     height, width = images.shape[2:]
-    windows = [
-        (y, x)
-        for y in _places(top, bottom, height)
-        for x in _places(left, right, width)
-    ]
+    windows = [(y, x) for y in _places(top, bottom, height) for x in _places(left, right, width)]
     windows.sort(key=lambda at: abs(at[0] - top) / height + abs(at[1] - left) / width)
 
     def paint(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
@@ -392,9 +388,7 @@ def _options(
     return trained.arguments({**told(trained, given, label, verb), **given})
 
 
-def _label(
-    trained: Trained, label: str | int | None, opened: dict[str, Any]
-) -> Tensor | None:
+def _label(trained: Trained, label: str | int | None, opened: dict[str, Any]) -> Tensor | None:
     return None if label is None else trained.labels(1, label, opened.get("classifier"))
 
 

@@ -94,9 +94,7 @@ class Run:
         """Move the averaged weights by an exponential average with a half-life in images."""
         halflife = min(self.settings.ema_halflife, self.progress.seen * self.settings.ema_rampup)
         weight = 1.0 - 0.5 ** (images / halflife) if halflife else 1.0
-        torch._foreach_lerp_(
-            list(self.average.parameters()), list(self.model.parameters()), weight
-        )
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
         for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
             mean.copy_(value)
 

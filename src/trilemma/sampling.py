@@ -17,7 +17,7 @@ from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, Model
+from trilemma.model import Generator, HasOwnOptions, Model
 from trilemma.models.classifier import Classifier
 
 GUIDANCE = {
@@ -44,6 +44,7 @@ class Trained:
         data: facts of the training data: `name`, `shape` (C, H, W), `label_names`, ...
         progress: `step`, `seen` (images), `elapsed` (seconds of training).
         path: the run folder or file it was read from; None while training.
+        tuned: grids found for it (`tuning`): `solver`, `steps`, and the `times` it then steps by.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Trained:
     data: dict[str, Any]
     progress: dict[str, Any]
     path: Path | None = None
+    tuned: Sequence[dict[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -121,24 +123,37 @@ class Trained:
         Functions and models among them are given by name, as they are written into pictures. Of
         another verb of the family's the defaults are its own, but for guidance.
 
+        Of the recipe's, a solver's own options go with that solver. The grid is the one tuned for
+        the solver and its steps, if there is one and no other was asked for.
+
         Raises:
             UserError: an option that this family's `sample`, or other verb, does not have.
         """
         parameters = inspect.signature(getattr(self.generator, verb)).parameters
+        named = {k: v for k, v in parameters.items() if v.kind is not v.VAR_KEYWORD}
         own = ("image", "mask", "condition", "rng")
-        accepted = [name for name in parameters if name not in own]
+        accepted = [name for name in named if name not in own]
         if "guidance" in accepted:
             accepted += [name for name in GUIDANCE if name != "guidance"]
-        defaults = self.sample_defaults
+        asked = {k: v for k, v in given.items() if v is not None}
+        chosen = self.sample_defaults
         if verb != "sample":
-            defaults = {name: value for name, value in defaults.items() if name in GUIDANCE}
-        chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+            chosen = {name: value for name, value in chosen.items() if name in GUIDANCE}
+        if asked.get("solver", chosen.get("solver")) != chosen.get("solver"):
+            chosen = {k: v for k, v in chosen.items() if k in accepted}
+        chosen |= asked
+        if verb == "sample" and isinstance(self.model, HasOwnOptions):
+            accepted += self.model.own_options(chosen)
         for name in chosen:
             if name not in accepted:
                 raise UserError(
                     f"{self.name} cannot be sampled with '{name}'"
                     f"{recipe.suggest(name, accepted)}; it takes {', '.join(accepted) or 'none'}"
                 )
+        stepping = {k: chosen.get(k, named[k].default) for k in ("solver", "steps") if k in named}
+        for grid in self.tuned if verb == "sample" and "grid" not in asked else []:
+            if stepping == {k: grid[k] for k in stepping}:
+                chosen["grid"] = grid["times"]
         return {name: _named(value) for name, value in chosen.items()}
 
     def opened(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +337,8 @@ def load(run: str | Path, device_name: str | None = None) -> Trained:
     where = device.pick(device_name)
     precision = facts["recipe"]["train"].get("precision", "auto")
     device.prepare(model, where, device.dtype(precision, where))
-    return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run))
+    tuned = facts.get("tuned", ())
+    return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run), tuned)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -413,9 +429,11 @@ def _named(value: Any) -> Any:
 def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     info.add_text("trilemma", json.dumps(facts))
+    grid = facts["sample"].get("grid")
     said = {
         "Steps": facts["sample"].get("steps"),
         "Sampler": facts["sample"].get("solver"),
+        "Schedule type": grid if grid is None or isinstance(grid, str) else "tuned",
         "CFG scale": facts["sample"].get("guidance"),
         "Seed": facts["seed"],
         "Size": "{2}x{1}".format(*trained.data["shape"]),

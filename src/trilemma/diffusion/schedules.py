@@ -48,13 +48,6 @@ class Schedule(ABC):
         return 2 * (alpha.log() - sigma.log())
 
 
-def levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float, float]]:
-    """Return (t, alpha, sigma) at each time as Python numbers, which keep float64's precision."""
-    times = times.double()
-    alpha, sigma = schedule(times)
-    return list(zip(times.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
-
-
 class Straight(Schedule):
     """The straight line from picture to noise: alpha = 1 - t, sigma = t."""
 

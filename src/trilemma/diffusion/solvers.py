@@ -2,75 +2,50 @@
 
 Each is a generator `(denoise, x, times, schedule, rng, **own)`: `denoise(x, t)` gives the expected
 x_0 (B, ...), `times` fall from times[0] to 0, and x after each step is yielded. With
-x_t = alpha x_0 + sigma noise, every x_0 implies noise = (x_t - alpha x_0) / sigma.
+x_t = alpha x_0 + sigma noise, every x_0 implies noise = (x_t - alpha x_0) / sigma. A solver's own
+options are its keyword-only arguments.
+
+Here are those that look at one step alone; `multistep` has those that remember.
 
 - ddpm: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", eq. 6-7.
 - ddim: Song, Meng, Ermon 2021, "Denoising Diffusion Implicit Models", eq. 12.
-- euler, heun: of the probability-flow equation in the frame where every schedule is straight,
-  y = x / (alpha + sigma), u = sigma / (alpha + sigma), so y = (1 - u) x_0 + u noise and
-  dy/du = noise - x_0. Heun: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based
-  Generative Models", algorithm 1 (there in the frame of alpha = 1).
-- dpmpp_2m: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
-  Probabilistic Models", algorithm 2.
+- euler_ancestral: Euler's step to less noise than the next level has, the rest fresh: Crowson 2022,
+  "k-diffusion"; the transition of ddim with eta 1.
+- euler, heun: of the probability-flow equation in a frame of `levels`. Heun: Karras et al. 2022,
+  "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1, with s_churn
+  algorithm 2 (both there in the unscaled frame).
 
 A solver is no better than its times: each has its own default grid in `SOLVERS`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trilemma.batch import Rng
+from trilemma.diffusion.grids import Grid, even_log_snr, even_share, even_time, karras
 from trilemma.diffusion.guidance import Denoiser
+from trilemma.diffusion.levels import STRAIGHT, UNSCALED, Level, levels, steps
+from trilemma.diffusion.multistep import (
+    adams_bashforth,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_3m,
+    ipndm,
+    lms,
+    pndm,
+    unipc,
+)
 from trilemma.diffusion.schedules import Schedule
-from trilemma.diffusion.schedules import levels as _levels
 from trilemma.diffusion.stochastic import langevin, predictor_corrector, reverse_sde
 
-Grid = Callable[[Schedule, int], Tensor]
-"""(schedule, steps) -> (steps + 1,) falling float64 times, from 1 to 0."""
-
-NOISIEST, CLEANEST = 80.0, 0.002
-"""sigma / alpha between which the grids in log-SNR and of Karras et al. lie (their table 1)."""
-
-
-def even_time(schedule: Schedule, steps: int) -> Tensor:
-    """Return times even in t."""
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-
-def even_share(schedule: Schedule, steps: int) -> Tensor:
-    """Return times even in u = sigma / (alpha + sigma)."""
-    ratio = _noisiest(schedule, math.inf)
-    share = torch.linspace(1 / (1 + 1 / ratio), 0, steps + 1, dtype=torch.float64)[1:-1]
-    return _at(schedule, share / (1 - share))
-
-
-def even_log_snr(schedule: Schedule, steps: int) -> Tensor:
-    """Return times even in log(sigma / alpha), then 0."""
-    first, last = math.log(_noisiest(schedule, NOISIEST)), math.log(CLEANEST)
-    return _at(schedule, torch.linspace(first, last, steps, dtype=torch.float64)[1:].exp())
-
-
-def karras(schedule: Schedule, steps: int) -> Tensor:
-    """Return times even in (sigma / alpha)^(1/7), then 0: Karras et al. 2022, eq. 5."""
-    first, last = _noisiest(schedule, NOISIEST) ** (1 / 7), CLEANEST ** (1 / 7)
-    return _at(schedule, torch.linspace(first, last, steps, dtype=torch.float64)[1:] ** 7)
-
-
-def _noisiest(schedule: Schedule, limit: float) -> float:
-    """Return sigma / alpha at t = 1, or `limit` where that is less."""
-    alpha, sigma = (float(v) for v in schedule(torch.ones((), dtype=torch.float64)))
-    return min(sigma / alpha if alpha else math.inf, limit)
-
-
-def _at(schedule: Schedule, ratio: Tensor) -> Tensor:
-    """Return 1, the times of the given sigma / alpha, 0."""
-    return torch.cat([ratio.new_ones(1), schedule.time(-2 * ratio.log()), ratio.new_zeros(1)])
+FRAMES = {"straight": STRAIGHT, "unscaled": UNSCALED}
 
 
 def ddim(
@@ -92,16 +67,33 @@ def ddim(
         rng: fresh noise.
         eta: 0 is deterministic, 1 renews as much noise as ddpm's small variance.
     """
-    levels = _levels(schedule, times)
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in zip(levels, levels[1:], strict=False):
-        x0 = denoise(x, t)
-        noise = (x - alpha * x0) / sigma
-        step_variance = sigma**2 - (alpha / alpha_next * sigma_next) ** 2
-        fresh = eta * sigma_next / sigma * max(step_variance, 0.0) ** 0.5
-        x = alpha_next * x0 + max(sigma_next**2 - fresh**2, 0.0) ** 0.5 * noise
+    for level, after in steps(schedule, times):
+        x0 = denoise(x, level.t)
+        noise = level.noise(x, x0)
+        step_variance = level.sigma**2 - (level.alpha / after.alpha * after.sigma) ** 2
+        fresh = eta * after.sigma / level.sigma * max(step_variance, 0.0) ** 0.5
+        x = after.alpha * x0 + max(after.sigma**2 - fresh**2, 0.0) ** 0.5 * noise
         if fresh:
             x = x + fresh * rng.normal(*x.shape[1:])
         yield x
+
+
+def euler_ancestral(
+    denoise: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    rng: Rng,
+    *,
+    eta: float = 1.0,
+) -> Iterator[Tensor]:
+    """Step by Euler beyond the next noise level, and back to it with fresh noise.
+
+    In the unscaled frame, where s = sigma / alpha, the fresh noise has the deviation
+    up = eta s_next sqrt(1 - (s_next / s)^2) and the step goes to sqrt(s_next^2 - up^2). An Euler
+    step there goes to x_0 + s noise: that is ddim, on times of its own.
+    """
+    return ddim(denoise, x, times, schedule, rng, eta=eta)
 
 
 def ddpm(
@@ -130,17 +122,16 @@ def ddpm(
         raise ValueError(f"variance '{variance}' is not known; expected small, large or learned")
     if variance == "learned" and share is None:
         raise ValueError("variance 'learned' needs a model that has learned it; use small or large")
-    levels = _levels(schedule, times)
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in zip(levels, levels[1:], strict=False):
-        x0 = denoise(x, t)
-        shrink = alpha / alpha_next  # x_t = shrink x_next + noise of step_variance
-        step_variance = sigma**2 - (shrink * sigma_next) ** 2
-        x = (shrink * sigma_next**2 * x + alpha_next * step_variance * x0) / sigma**2
-        if sigma_next:
-            small = step_variance * (sigma_next / sigma) ** 2
+    for level, after in steps(schedule, times):
+        x0 = denoise(x, level.t)
+        shrink = level.alpha / after.alpha  # x_t = shrink x_next + noise of step_variance
+        step_variance = level.sigma**2 - (shrink * after.sigma) ** 2
+        x = (shrink * after.sigma**2 * x + after.alpha * step_variance * x0) / level.sigma**2
+        if after.sigma:
+            small = step_variance * (after.sigma / level.sigma) ** 2
             scale: float | Tensor = (step_variance if variance == "large" else small) ** 0.5
             if variance == "learned" and share is not None:
-                scale = scale * (sigma_next / sigma) ** -share()[: len(x)]
+                scale = scale * (after.sigma / level.sigma) ** -share()[: len(x)]
             x = x + scale * rng.normal(*x.shape[1:])
         yield x
 
@@ -149,58 +140,75 @@ def euler(
     denoise: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, rng: Rng
 ) -> Iterator[Tensor]:
     """Follow the flow by its slope at the beginning of each step."""
-    levels = _levels(schedule, times)
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in zip(levels, levels[1:], strict=False):
-        x0 = denoise(x, t)
-        slope = (x - alpha * x0) / sigma - x0
-        share, share_next = sigma / (alpha + sigma), sigma_next / (alpha_next + sigma_next)
-        y = x / (alpha + sigma) + (share_next - share) * slope
-        x = y * (alpha_next + sigma_next)
+    for level, after in steps(schedule, times):
+        x0 = denoise(x, level.t)
+        slope = level.noise(x, x0) - x0
+        scale, scale_after = level.scale(STRAIGHT), after.scale(STRAIGHT)
+        y = x / scale + (after.sigma / scale_after - level.sigma / scale) * slope
+        x = y * scale_after
         yield x
 
 
 def heun(
-    denoise: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, rng: Rng
+    denoise: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    rng: Rng,
+    *,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+    frame: str = "straight",
 ) -> Iterator[Tensor]:
     """Follow the flow by the mean of its slopes at both ends of each step.
 
     Two network calls a step, one in the last (where the slope at the end is not defined).
+
+    Args:
+        denoise: the expected x_0.
+        x: (B, ...) at times[0].
+        times: (steps + 1,) falling to 0.
+        schedule: of the model.
+        rng: fresh noise.
+        s_churn: over all steps, how much noise is added before stepping; 0 is deterministic.
+        s_min: sigma / alpha below which none is added.
+        s_max: above which none is added.
+        s_noise: deviation of the noise added.
+        frame: straight, or unscaled as in the paper.
     """
-    levels = _levels(schedule, times)
-    for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in zip(
-        levels, levels[1:], strict=False
-    ):
-        x0 = denoise(x, t)
-        slope = (x - alpha * x0) / sigma - x0
-        share, share_next = sigma / (alpha + sigma), sigma_next / (alpha_next + sigma_next)
-        y, width = x / (alpha + sigma), share_next - share
-        scale_next = alpha_next + sigma_next
-        x = (y + width * slope) * scale_next
-        if sigma_next:
-            x0 = denoise(x, t_next)
-            slope_next = (x - alpha_next * x0) / sigma_next - x0
-            x = (y + width * (slope + slope_next) / 2) * scale_next
+    if frame not in FRAMES:
+        raise ValueError(f"frame '{frame}' is not known; expected one of {', '.join(FRAMES)}")
+    k = FRAMES[frame]
+    more = min(s_churn / (len(times) - 1), 2**0.5 - 1)  # gamma of the paper
+    for level, after in steps(schedule, times):
+        if more and level.alpha and s_min <= level.sigma / level.alpha <= s_max:
+            noisier = _noisier(schedule, level, 1 + more)
+            added = (noisier.sigma / noisier.alpha) ** 2 - (level.sigma / level.alpha) ** 2
+            fresh = s_noise * max(added, 0.0) ** 0.5 * rng.normal(*x.shape[1:])
+            x, level = noisier.alpha * (x / level.alpha + fresh), noisier
+        x0 = denoise(x, level.t)
+        noise = level.noise(x, x0)
+        scale, scale_after = level.scale(k), after.scale(k)
+        if not scale:  # all noise: the frame begins after this step, which goes by noise and x_0
+            x = after.alpha * x0 + after.sigma * noise
+            yield x
+            continue
+        slope = noise - k * x0
+        y, width = x / scale, after.sigma / scale_after - level.sigma / scale
+        x = (y + width * slope) * scale_after
+        if after.sigma:
+            x0 = denoise(x, after.t)
+            slope_after = after.noise(x, x0) - k * x0
+            x = (y + width * (slope + slope_after) / 2) * scale_after
         yield x
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, rng: Rng
-) -> Iterator[Tensor]:
-    """Extrapolate x_0 in log-SNR from this step and the last, then step as ddim does."""
-    levels = _levels(schedule, times)
-    half_log_snr = (schedule.log_snr(times.double()) / 2).tolist()
-    previous = None
-    for i, (t, alpha, sigma) in enumerate(levels[:-1]):
-        _, alpha_next, sigma_next = levels[i + 1]
-        x0 = denoise(x, t)
-        ahead = x0
-        if previous is not None and sigma_next:  # the step to 0 is infinitely long in log-SNR
-            h = half_log_snr[i + 1] - half_log_snr[i]
-            h_last = half_log_snr[i] - half_log_snr[i - 1]
-            ahead = x0 + h / (2 * h_last) * (x0 - previous)
-        x = sigma_next / sigma * x + (alpha_next - sigma_next * alpha / sigma) * ahead
-        previous = x0
-        yield x
+def _noisier(schedule: Schedule, level: Level, factor: float) -> Level:
+    """Return the level where sigma / alpha is `factor` times as high, or t = 1 before that."""
+    log_snr = 2 * math.log(level.alpha / level.sigma / factor)
+    return levels(schedule, schedule.time(torch.tensor([log_snr], dtype=torch.float64)))[0]
 
 
 class Solver(NamedTuple):
@@ -209,27 +217,61 @@ class Solver(NamedTuple):
     Attributes:
         steps: the generator function.
         grid: its own times.
-        calls: network calls of one step (the last step may save one).
+        calls: network calls of one step.
+        extra: calls of all steps beside those: heun's last step saves one.
+        stochastic: it draws fresh noise whatever its options.
     """
 
     steps: Callable[..., Iterator[Tensor]]
     grid: Grid
     calls: int = 1
+    extra: int = 0
+    stochastic: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its own options and their defaults; what only a model can give has none."""
+        parameters = inspect.signature(self.steps).parameters.values()
+        own = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return {name: default for name, default in own.items() if default is not None}
+
+
+def check(name: str, own: Mapping[str, Any]) -> Solver:
+    """Return a solver by name, to be called with options of its own.
+
+    Raises:
+        ValueError: there is no such solver, it has no such option, or not of this type.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"solver '{name}' is not known; expected one of {', '.join(SOLVERS)}")
+    options = SOLVERS[name].options
+    for key, value in own.items():
+        if key not in options:
+            listed = ", ".join(options) or "none"
+            raise ValueError(f"solver {name} has no option '{key}'; it has {listed}")
+        expected = type(options[key])
+        if not isinstance(value, (int, float) if expected is float else expected):
+            raise ValueError(
+                f"solver {name}'s option '{key}' is {value!r}; expected such as {options[key]!r}"
+            )
+    return SOLVERS[name]
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, even_time),
+    "ddpm": Solver(ddpm, even_time, stochastic=True),
     "ddim": Solver(ddim, even_time),
     "euler": Solver(euler, even_share),
-    "heun": Solver(heun, karras, calls=2),
+    "euler_ancestral": Solver(euler_ancestral, karras, stochastic=True),
+    "heun": Solver(heun, karras, calls=2, extra=-1),
+    "pndm": Solver(pndm, even_time, extra=9),
+    "ipndm": Solver(ipndm, even_time),
+    "adams_bashforth": Solver(adams_bashforth, even_share),
+    "lms": Solver(lms, karras),
     "dpmpp_2m": Solver(dpmpp_2m, even_log_snr),
-    "langevin": Solver(langevin, even_log_snr, calls=5),
-    "sde": Solver(reverse_sde, even_log_snr),
-    "pc": Solver(predictor_corrector, even_log_snr, calls=2),
-}
-GRIDS: dict[str, Grid] = {
-    "even_time": even_time,
-    "even_share": even_share,
-    "even_log_snr": even_log_snr,
-    "karras": karras,
+    "dpmpp_3m": Solver(dpmpp_3m, even_share),
+    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, even_log_snr, stochastic=True),
+    "unipc": Solver(unipc, even_log_snr),
+    "langevin": Solver(langevin, even_log_snr, calls=5, stochastic=True),
+    "sde": Solver(reverse_sde, even_log_snr, stochastic=True),
+    "pc": Solver(predictor_corrector, even_log_snr, calls=2, extra=-1, stochastic=True),
 }

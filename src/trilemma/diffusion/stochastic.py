@@ -27,7 +27,8 @@ from torch import Tensor
 
 from trilemma.batch import Rng
 from trilemma.diffusion.guidance import Denoiser
-from trilemma.diffusion.schedules import Schedule, levels
+from trilemma.diffusion.levels import steps
+from trilemma.diffusion.schedules import Schedule
 
 
 def langevin(
@@ -51,9 +52,7 @@ def langevin(
         moves: network calls at each level; the last of all denoises.
         size: e of a move.
     """
-    ladder = levels(schedule, times)
-    for i, (t, alpha, sigma) in enumerate(ladder[:-1]):
-        _, alpha_next, sigma_next = ladder[i + 1]
+    for (t, alpha, sigma), (_, alpha_next, sigma_next) in steps(schedule, times):
         for _ in range(moves if sigma_next else moves - 1):
             drift = alpha * denoise(x, t) - x
             x = x + size * drift + (2 * size) ** 0.5 * sigma * rng.normal(*x.shape[1:])
@@ -73,8 +72,7 @@ def reverse_sde(
     signal-to-noise ratio l, g^2 dt = -sigma^2 dl: so a step of the paper's VE and VP diffusions is
     the paper's. Steps longer than 2 in l are unstable, as those of any explicit method.
     """
-    ladder = levels(schedule, times)
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in zip(ladder, ladder[1:], strict=False):
+    for (t, alpha, sigma), (_, alpha_next, sigma_next) in steps(schedule, times):
         x0 = denoise(x, t)
         if not sigma_next:
             x = x0
@@ -110,10 +108,7 @@ def predictor_corrector(
         rng: fresh noise.
         snr: r of the paper; 0.16 there for the VE, VP and sub-VP diffusions of CIFAR-10.
     """
-    ladder = levels(schedule, times)
-    for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in zip(
-        ladder, ladder[1:], strict=False
-    ):
+    for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in steps(schedule, times):
         x0 = denoise(x, t)
         shrink = alpha / alpha_next  # x_t = shrink x_next + noise of step_variance
         step_variance = sigma**2 - (shrink * sigma_next) ** 2

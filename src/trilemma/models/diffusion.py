@@ -24,7 +24,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
+from trilemma.diffusion.grids import CLEANEST, GRIDS, given, karras
 from trilemma.diffusion.guidance import (
     Denoiser,
     Guidance,
@@ -51,7 +52,7 @@ from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
 from trilemma.diffusion.pairing import PAIRINGS
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, heun, karras
+from trilemma.diffusion.solvers import SOLVERS, check, heun
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Uniform
 from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
@@ -239,8 +240,6 @@ class Diffusion(Model):
 
         def with_and_without(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
             with_it, without = self.denoise(torch.cat([x, x]), t, doubled).chunk(2)
-            if self.share is not None:
-                self.share = self.share[: len(x)]
             return with_it, without
 
         return with_and_without
@@ -359,40 +358,30 @@ class Diffusion(Model):
         solver: str = "dpmpp_2m",
         steps: int = 20,
         guidance: float | Guidance = 1.0,
-        grid: str | None = None,
-        eta: float | None = None,
-        variance: str | None = None,
+        grid: str | Sequence[float] | None = None,
         begin: tuple[Tensor, float] | None = None,
-        moves: int | None = None,
-        size: float | None = None,
-        snr: float | None = None,
+        **own: Any,
     ) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`.
 
         Begins, instead of with noise, with images and a share of noise on them, as `vary`.
         """
-        function, own_grid, _ = SOLVERS[_known("solver", solver, SOLVERS)]
+        chosen = check(solver, own)
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
-        times = (GRIDS[_known("grid", grid, GRIDS)] if grid else own_grid)(self.schedule, steps)
-        own: dict[str, Any] = {
-            "eta": eta,
-            "variance": variance,
-            "moves": moves,
-            "size": size,
-            "snr": snr,
-        }
-        own = {name: value for name, value in own.items() if value is not None}
-        for name in own:
-            if name not in inspect.signature(function).parameters:
-                raise ValueError(f"solver {solver} has no option '{name}'; leave it out")
-        if variance == "learned":
+        if own.get("variance") == "learned":
             if not self.learn_variance:
                 raise ValueError(
                     "variance 'learned' needs a model trained with learn_variance; use small or "
                     "large"
                 )
             own["share"] = lambda: self.share
+        if grid is None:
+            times = chosen.grid(self.schedule, steps)
+        elif isinstance(grid, str):
+            times = GRIDS[_known("grid", grid, GRIDS)](self.schedule, steps)
+        else:
+            times = given(grid, steps)
         denoise = self.denoiser(condition, guidance)
         noise = rng.normal(*self.codec.shape)
         if begin is None:
@@ -406,8 +395,13 @@ class Diffusion(Model):
             times = torch.cat([t, times[times < 0.999 * t]])
             alpha, sigma = self.schedule(t)
             start = float(alpha) * self.codec.encode(image) + float(sigma) * noise
-        for x in function(denoise, start, times, self.schedule, rng, **own):
+        for x in chosen.steps(denoise, start, times, self.schedule, rng, **own):
             yield self.codec.decode(x)
+
+    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return the names that `sample` takes beside its own: those of the chosen solver."""
+        solver = chosen.get("solver", inspect.signature(self.sample).parameters["solver"].default)
+        return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def sample(
         self,
@@ -417,45 +411,28 @@ class Diffusion(Model):
         solver: str = "dpmpp_2m",
         steps: int = 20,
         guidance: float | Guidance = 1.0,
-        grid: str | None = None,
-        eta: float | None = None,
-        variance: str | None = None,
-        moves: int | None = None,
-        size: float | None = None,
-        snr: float | None = None,
+        grid: str | Sequence[float] | None = None,
+        **own: Any,
     ) -> Tensor:
         """Draw images (B, C, H, W) in [-1, 1].
 
         Args:
             condition: what to draw; a label of None draws from all classes.
             rng: one stream per image.
-            solver: one of diffusion.solvers.SOLVERS.
+            solver: one of `SOLVERS`.
             steps: of the solver, from noise to picture.
             guidance: how far the condition is overdone, 1 being not at all; or all that guides.
-            grid: where the steps lie: even_time, even_share, even_log_snr or karras; the solver's
-                own if None.
-            eta: ddim's share of fresh noise, 0 to 1.
-            variance: ddpm's, small, large or learned.
-            moves: langevin's at each noise level.
-            size: of langevin's moves, as a share of the noise's variance.
-            snr: pc's, the score's part of a move to the noise's.
+            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
+                solver's own if None.
+            own: the solver's own options, such as ddim's eta.
 
         Raises:
             ValueError: an unknown solver or grid, an option that the solver does not have, fewer
-                than one step, or guidance of a model that cannot be guided.
+                than one step, times that do not fall in so many steps, or guidance of a model that
+                cannot be guided.
         """
         drawing = self.sample_steps(
-            condition,
-            rng,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            grid=grid,
-            eta=eta,
-            variance=variance,
-            moves=moves,
-            size=size,
-            snr=snr,
+            condition, rng, solver=solver, steps=steps, guidance=guidance, grid=grid, **own
         )
         return deque(drawing, maxlen=1).pop()
 

@@ -38,9 +38,7 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 """Latents (N, D) and labels (N, K) to images (N, C, H, W), each from its own row alone."""
 
 
-def invert(
-    draw: Draw, image: Tensor, latent: int, classes: int = 0, attributes: int = 0
-) -> Tensor:
+def invert(draw: Draw, image: Tensor, latent: int, classes: int = 0, attributes: int = 0) -> Tensor:
     """Find the latents and labels whose pictures come nearest to images (B, C, H, W) in [-1, 1].
 
     Args:
