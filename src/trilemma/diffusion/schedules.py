@@ -113,9 +113,10 @@ class VariancePreserving(Schedule):
         return -t * (self.first + self.slope * t / 2) / 2
 
     def _solve(self, log_alpha: Tensor) -> Tensor:
-        """Return the time at which log alpha is this."""
+        """Return the time at which log alpha is this; 1 where it is less than at any time."""
         root = (self.first**2 - 4 * self.slope * log_alpha).sqrt()
-        return (-4 * log_alpha / (self.first + root)).clamp(max=1)
+        t = -4 * log_alpha / (self.first + root)
+        return torch.where(log_alpha > -(2 * self.first + self.slope) / 4, t, 1.0)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return exp(-B / 2) and what makes their squares sum to 1."""
@@ -126,8 +127,7 @@ class VariancePreserving(Schedule):
     def time(self, log_snr: Tensor) -> Tensor:
         """Solve the quadratic B(t) = -log alpha^2."""
         log_alpha = -torch.nn.functional.softplus(-log_snr.double()) / 2
-        t = self._solve(log_alpha.clamp(min=self._log_alpha(log_alpha.new_ones(())).item()))
-        return t.to(log_snr.dtype)
+        return self._solve(log_alpha).to(log_snr.dtype)
 
 
 class SubVP(VariancePreserving):
@@ -143,8 +143,7 @@ class SubVP(VariancePreserving):
         """Solve sinh(-log alpha) = sigma / (2 alpha), then the quadratic."""
         half = (-log_snr.double() / 2).exp() / 2
         log_alpha = -torch.asinh(half)
-        t = self._solve(log_alpha.clamp(min=self._log_alpha(log_alpha.new_ones(())).item()))
-        return t.to(log_snr.dtype)
+        return self._solve(log_alpha).to(log_snr.dtype)
 
 
 class Betas(Schedule):

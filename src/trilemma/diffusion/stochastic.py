@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from trilemma.batch import Rng
@@ -96,9 +95,11 @@ def predictor_corrector(
 ) -> Iterator[Tensor]:
     """Step as ddpm with the large variance does, then make one Langevin move.
 
-    That step is the paper's reverse diffusion predictor (its appendix E). The move's size follows
-    from the wanted ratio `snr` of the score's part to the noise's (algorithm 4), here of each
-    picture by itself. Two network calls a step, one in the last.
+    That step is the paper's reverse diffusion predictor (its appendix E). The move is to have the
+    ratio `snr` of the score's part to the noise's; algorithm 4 measures the score for it, averaged
+    over the batch. Here its norm is taken to be that of noise, D^(1/2) / sigma, which it nearly is
+    in many dimensions, so that a picture does not depend on its batch: e = 2 snr^2. Two network
+    calls a step, one in the last.
 
     Args:
         denoise: the expected x_0.
@@ -115,13 +116,6 @@ def predictor_corrector(
         x = (shrink * sigma_next**2 * x + alpha_next * step_variance * x0) / sigma**2
         if sigma_next:
             x = x + step_variance**0.5 * rng.normal(*x.shape[1:])
-            drift = alpha_next * denoise(x, t_next) - x  # sigma^2 score
-            noise = rng.normal(*x.shape[1:])
-            size = (snr * _norm(noise) * sigma_next / _norm(drift)) ** 2 * 2  # e; 2 (r |z|/|s|)^2
-            x = x + size * drift + (2 * size).sqrt() * sigma_next * noise
+            drift = alpha_next * denoise(x, t_next) - x
+            x = x + 2 * snr**2 * drift + 2 * snr * sigma_next * rng.normal(*x.shape[1:])
         yield x
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Return the norm of each of (B, ...), with its dimensions."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
