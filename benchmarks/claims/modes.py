@@ -260,7 +260,7 @@ def draw(model: Model, n: int) -> Tensor:
 def main() -> None:
     parser = common.options(__doc__)
     parser.add_argument(
-        "--minutes", type=float, default=2, help="of a core, for each of ten models"
+        "--minutes", type=float, default=1.2, help="of a core, for each of ten models"
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each model")
     parser.add_argument("--classifier-steps", type=int, default=3000)
