@@ -138,7 +138,7 @@ class Block(nn.Module):
 
 
 def _add(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
-    return x + h if gate is None else torch.addcmul(x, gate, h)
+    return x + h if gate is None else x + gate * h
 
 
 class DiT(nn.Module):
@@ -255,7 +255,7 @@ class DiT(nn.Module):
     def _modulated(self, h: Tensor, e: Tensor, turn: Tensor | None) -> Tensor:
         """Pass the sequence through blocks that are told e (B, D) by shifts and scales."""
         assert self.modulation is not None
-        told = self.modulation(e, h.dtype)
+        told = self.modulation(e)
         for i, block in enumerate(self.blocks):
             h = block(h, told[self.parts * i : self.parts * (i + 1)], None, turn)
         return scaled_norm(self.norm, h, told[-2:])

@@ -236,11 +236,11 @@ class Mamba(nn.Module):
         if embedded.vector is not None:
             check_shape("condition vectors", embedded.vector, self.embedding_dim)
             e = e + embedded.vector
-        told = self.modulation(e, h.dtype)
+        told = self.modulation(e)
         paths = {name: order(name, rows, columns).to(h.device) for name in self.orders}
         for i, block in enumerate(self.blocks):
             shift, scale, gate = told[3 * i : 3 * i + 3]
             path = paths[self.orders[i % len(self.orders)]]
-            h = torch.addcmul(h, gate, block(scaled_norm(self.norm, h, [shift, scale]), path, rows))
+            h = h + gate * block(scaled_norm(self.norm, h, [shift, scale]), path, rows)
         h = self.leave(scaled_norm(self.norm, h, told[-2:]))
         return unpatchify(h, self.patch, height, width)
