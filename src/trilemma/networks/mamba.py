@@ -148,7 +148,7 @@ class Block(nn.Module):
         log_decay = -step * self.log_decay.exp()[:, None, None]
         h = h.unflatten(2, (self.heads, -1))
         taken = torch.stack([h, h.flip(1)]) * step.to(h.dtype)[..., None]
-        y = scan(*(tensor.flatten(0, 1) for tensor in (taken, log_decay, b, c)))
+        y = scan(taken.flatten(0, 1), log_decay.flatten(0, 1), b.flatten(0, 1), c.flatten(0, 1))
         forth, back = y.chunk(2)
         y = torch.addcmul(forth + back.flip(1), self.skip.to(h.dtype), h).flatten(2)
         y = y[:, path.argsort()]
