@@ -64,7 +64,7 @@ def test_a_new_network_answers_zero(conditioning):
 def test_adaln_zero_begins_as_the_identity():
     network = DiT(3, 3, 8, width=WIDTH, depth=3, heads=2)
     x = torch.randn(2, 16, WIDTH)
-    told = network.modulation(torch.randn(2, WIDTH), x.dtype)
+    told = network.modulation(torch.randn(2, WIDTH))
     assert torch.equal(network.blocks[1](x, told[6:12], None, None), x)
 
 

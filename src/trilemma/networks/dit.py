@@ -24,6 +24,8 @@ Shifts, scales and gates of all blocks are made by one matrix product. The sizes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -129,7 +131,7 @@ class Block(nn.Module):
             tokens: (B, T, D) to attend to, where the block does.
             turn: (2, N, D / 2) by the positions, where queries and keys are turned.
         """
-        gates: list[Tensor] = told[4:] or [None, None]
+        gates: Sequence[Tensor | None] = told[4:] or (None, None)
         x = _add(x, gates[0], self.attention(scaled_norm(self.norm1, x, told[:2]), turn))
         if self.cross is not None and self.norm_cross is not None:
             x = x + self.cross(self.norm_cross(x), tokens)
@@ -138,7 +140,7 @@ class Block(nn.Module):
 
 
 def _add(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
-    return x + h if gate is None else torch.addcmul(x, gate, h)
+    return x + h if gate is None else x + gate * h
 
 
 class DiT(nn.Module):
@@ -255,7 +257,7 @@ class DiT(nn.Module):
     def _modulated(self, h: Tensor, e: Tensor, turn: Tensor | None) -> Tensor:
         """Pass the sequence through blocks that are told e (B, D) by shifts and scales."""
         assert self.modulation is not None
-        told = self.modulation(e, h.dtype)
+        told = self.modulation(e)
         for i, block in enumerate(self.blocks):
             h = block(h, told[self.parts * i : self.parts * (i + 1)], None, turn)
         return scaled_norm(self.norm, h, told[-2:])

@@ -125,19 +125,23 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, e: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def forward(self, e: Tensor) -> list[Tensor]:
         """Make `count` vectors (B, 1, width) of a condition e (B, D)."""
-        made = self.linear(F.silu(e)).to(dtype)
+        made = self.linear(F.silu(e))
         return list(made.unflatten(1, (self.count, 1, -1)).unbind(1))
 
 
 def scaled_norm(norm: nn.LayerNorm, x: Tensor, told: list[Tensor]) -> Tensor:
-    """Normalise x (B, N, width); with `told`, a shift and a scale: (1 + scale) norm(x) + shift."""
+    """Normalise x (B, N, width); with `told`, a shift and a scale: (1 + scale) norm(x) + shift.
+
+    The normalisation is in x's type; what follows in that of shift and scale, in which the matrix
+    product will be that takes the result.
+    """
     h = norm(x)
     if not told:
         return h
     shift, scale = told
-    return torch.addcmul(shift, h, 1 + scale)
+    return torch.addcmul(shift, h.to(shift.dtype), 1 + scale)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class Block(nn.Module):
         log_decay = -step * self.log_decay.exp()[:, None, None]
         h = h.unflatten(2, (self.heads, -1))
         taken = torch.stack([h, h.flip(1)]) * step.to(h.dtype)[..., None]
-        y = scan(*(tensor.flatten(0, 1) for tensor in (taken, log_decay, b, c)))
+        y = scan(taken.flatten(0, 1), log_decay.flatten(0, 1), b.flatten(0, 1), c.flatten(0, 1))
         forth, back = y.chunk(2)
         y = torch.addcmul(forth + back.flip(1), self.skip.to(h.dtype), h).flatten(2)
         y = y[:, path.argsort()]
@@ -236,11 +236,11 @@ class Mamba(nn.Module):
         if embedded.vector is not None:
             check_shape("condition vectors", embedded.vector, self.embedding_dim)
             e = e + embedded.vector
-        told = self.modulation(e, h.dtype)
+        told = self.modulation(e)
         paths = {name: order(name, rows, columns).to(h.device) for name in self.orders}
         for i, block in enumerate(self.blocks):
             shift, scale, gate = told[3 * i : 3 * i + 3]
             path = paths[self.orders[i % len(self.orders)]]
-            h = torch.addcmul(h, gate, block(scaled_norm(self.norm, h, [shift, scale]), path, rows))
+            h = h + gate * block(scaled_norm(self.norm, h, [shift, scale]), path, rows)
         h = self.leave(scaled_norm(self.norm, h, told[-2:]))
         return unpatchify(h, self.patch, height, width)

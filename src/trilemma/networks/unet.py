@@ -277,11 +277,11 @@ class UNet(nn.Module):
         for module in self.middle:
             x = module(x, e)
         for module in self.up:
-            if isinstance(module, Upsample):
+            if not isinstance(module, Level):
                 x = module(x)
-            elif module.block.resample is not None:
-                x = module(x, e)
-            else:
+            elif module.block.resample is None:
                 x = module(torch.cat([x, skips.pop()], dim=1), e)
+            else:
+                x = module(x, e)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch)
