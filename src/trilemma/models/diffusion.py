@@ -39,7 +39,7 @@ from trilemma.diffusion.guidance import (
 )
 from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, heun, karras
+from trilemma.diffusion.solvers import CLEANEST, GRIDS, SOLVERS, even_share, heun, karras
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Uniform
 from trilemma.diffusion.weights import LOSSES, Even
@@ -140,11 +140,11 @@ class Diffusion(Model):
             denoise = classifier_free(both, asked.scale, asked.rescale)
             if asked.interval is not None:
                 denoise = within(asked.interval, denoise, plain, self.schedule)
+        if asked.guide is not None:
+            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
         if asked.classifier is not None:
             log_prob = asked.classifier.log_prob_of(condition, self.codec.shape, self.schedule)
             denoise = self._by_classifier(denoise, log_prob, asked.classifier_scale)
-        if asked.guide is not None:
-            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
 
     def _with_and_without(
@@ -376,7 +376,7 @@ class Diffusion(Model):
             known = self.codec.encode(image)
             place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
             denoise = self.denoiser(condition, guidance)
-            times = karras(self.schedule, steps)
+            times = even_share(self.schedule, steps)
             painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
             drawn = self.codec.decode(deque(painting, maxlen=1).pop())
         return torch.where(hidden, drawn, image)
