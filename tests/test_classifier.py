@@ -77,8 +77,10 @@ def runs(tmp_path_factory):
     folder = tiny.pictures(tmp_path_factory.mktemp("pictures"), count=60)
     out = tmp_path_factory.mktemp("runs")
     for name, steps in (("ddpm", 2), ("quick-diffusion", 2), ("classifier", 60)):
-        changes = tiny.overrides(name)
-        training.train(name, folder, out=out / name, steps=steps, overrides=changes, quiet=True)
+        changes = [*tiny.overrides(name), "train.warmup=0", "train.ema_halflife=0"]
+        training.train(
+            name, folder, out=out / name, steps=steps, overrides=changes, quiet=True
+        )
     return out
 
 

@@ -122,6 +122,18 @@ def test_a_guide_tilts_the_distribution():
     torch.testing.assert_close(drawn.std(0), torch.full((2,), exact.STD), atol=0.02, rtol=0)
 
 
+def test_all_guide_at_once():
+    """A classifier and a function add up; the function's gradient is at the model's own x_0."""
+    model, judge = exact.model(), exact.classifier(schedules.Linear())
+    guide = Guidance(2.0, guide=lambda image: image.flatten(1).sum(1), guide_scale=0.5)
+    both = Guidance(2.0, classifier=judge, classifier_scale=0.1, guide=guide.guide, guide_scale=0.5)
+    x, t = noisy(0.5), 0.5
+    plain, one = model.denoiser(GIVEN, 2.0)(x, t), model.denoiser(GIVEN, guide)(x, t)
+    other = model.denoiser(GIVEN, Guidance(2.0, classifier=judge, classifier_scale=0.1))(x, t)
+    all_ = model.denoiser(GIVEN, both)(x, t)
+    torch.testing.assert_close(all_ - plain, (one - plain) + (other - plain), atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_out_of_bounds_can_be_led_back():
     class Bright(torch.nn.Module):
         def forward(self, x, time, embedded):

@@ -120,7 +120,7 @@ def inpaint(
             f"expected booleans of {tuple(images.shape[2:])}, some of them true, where to draw"
         )
     options = trained.opened(options)
-    draw = _painting(trained, _options(trained, options, label, "inpaint"))
+    draw = _painting(trained, options, label)
 
     def paint(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         return draw(part, mask.expand(len(part), 1, -1, -1), condition, rng)
@@ -162,7 +162,7 @@ def outpaint(
     if min(margins) < 0 or not any(margins):
         raise UserError(f"margins of {list(margins)} pixels: expected 0 or more, and some above 0")
     options = trained.opened(options)
-    draw = _painting(trained, _options(trained, options, label, "inpaint"))
+    draw = _painting(trained, options, label)
     height, width = images.shape[2:]
     windows = [(y, x) for y in _places(top, bottom, height) for x in _places(left, right, width)]
     windows.sort(key=lambda at: abs(at[0] - top) / height + abs(at[1] - left) / width)
@@ -255,7 +255,7 @@ def sheet(trained: Trained, data: Dataset) -> Image.Image:
     if part.kind == "masked":
         hidden = made[:, -1:] > 0.5
         given = to_uint8(made[:, :-1])
-        draw = _painting(trained, _options(trained, {}, None, "inpaint"))
+        draw = _painting(trained, {}, None)
         with inference(trained) as where:
             rng = Rng(range(len(images)), where)
             drawn = draw(given, hidden, Condition(len(images)), rng)
@@ -363,7 +363,7 @@ def _redrawing(trained: Trained) -> HasRedrawing:
 
 
 def _painting(
-    trained: Trained, chosen: dict[str, Any]
+    trained: Trained, opened: dict[str, Any], label: str | int | None
 ) -> Callable[[Tensor, Tensor, Condition, Rng], Tensor]:
     """Return (images, masks (B, 1, H, W), condition, rng) -> images, the known part untouched."""
     model = trained.model
@@ -371,6 +371,7 @@ def _painting(
     if masks is None or masks.kind != "masked":
         model = _redrawing(trained)  # type: ignore[assignment]
     assert isinstance(model, HasRedrawing)
+    chosen = _options(trained, opened, label, "inpaint")
 
     def paint(images: Tensor, mask: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given, hidden = to_float(images).to(rng.device), mask.float().to(rng.device)

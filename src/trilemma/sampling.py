@@ -274,7 +274,8 @@ class Trained:
         if self.repairs:
             raise UserError(
                 f"{self.name} draws what given pictures lack and none of its own; "
-                f"use trilemma edit repair {self.path} PICTURES --out DIR"
+                f"use trilemma edit repair {self.path} PICTURES --out DIR, "
+                "or edit inpaint for what a mask hides"
             )
         if n < 1 or batch < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
-from trilemma.diffusion.grids import CLEANEST, GRIDS, given, karras
+from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
 from trilemma.diffusion.guidance import (
     Denoiser,
     Guidance,
@@ -207,11 +207,11 @@ class Diffusion(Model):
             denoise = classifier_free(both, asked.scale, asked.rescale)
             if asked.interval is not None:
                 denoise = within(asked.interval, denoise, plain, self.schedule)
+        if asked.guide is not None:
+            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
         if asked.classifier is not None:
             log_prob = asked.classifier.log_prob_of(condition, self.codec.shape, self.schedule)
             denoise = self._by_classifier(denoise, log_prob, asked.classifier_scale)
-        if asked.guide is not None:
-            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
 
     def _with_and_without(
@@ -497,7 +497,7 @@ class Diffusion(Model):
             known = self.codec.encode(image)
             place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
             denoise = self.denoiser(condition, guidance)
-            times = karras(self.schedule, steps)
+            times = even_share(self.schedule, steps)
             painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
             drawn = self.codec.decode(deque(painting, maxlen=1).pop())
         return torch.where(hidden, drawn, image)
