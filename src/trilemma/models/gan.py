@@ -114,11 +114,15 @@ PENALTIES = ("none", "gradient", "r1", "r1+r2")
 
 
 def gradient_norms(critic: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """Return the squared norm (B,) of the gradient of critic(image) (B,) at `image`, in float32."""
-    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
+    """Return the squared norm (B,) of the gradient of critic(image) (B,) at `image`, in float32.
+
+    The critic runs in the format of the autocast around it: second derivatives are most of a
+    penalty's cost, and the sum over pixels, here in float32, evens its rounding out.
+    """
+    with torch.enable_grad():
         image = image.detach().float().requires_grad_()
         (gradient,) = torch.autograd.grad(critic(image).sum(), image, create_graph=True)
-    return gradient.flatten(1).square().sum(1)
+    return gradient.float().flatten(1).square().sum(1)
 
 
 def gradient_penalty(
@@ -247,18 +251,15 @@ class GAN(Model):
         if self.penalty != "none":
             # All images, or each with probability `share`: whatever part of the batch it came in.
             chosen = slice(None) if self.share == 1 else rng.uniform() < self.share
-
-            def critic(x: Tensor) -> Tensor:
-                return self.critic(x, label[chosen])
-
+            at, told = image[chosen], label[chosen]
             if self.penalty == "gradient":
                 way = rng.uniform()[chosen]
-                penalty = gradient_penalty(critic, image[chosen], fake[chosen], way).sum()
+                penalty = gradient_penalty(lambda x: self.critic(x, told), at, fake[chosen], way)
             else:
-                penalty = gradient_norms(critic, image[chosen]).sum()
-                if self.penalty == "r1+r2":
-                    penalty = penalty + gradient_norms(critic, fake[chosen]).sum()
-            penalty = penalty / (self.share * len(image))
+                if self.penalty == "r1+r2":  # both in one pass
+                    at, told = torch.cat([at, fake[chosen]]), torch.cat([told, told])
+                penalty = gradient_norms(lambda x: self.critic(x, told), at)
+            penalty = penalty.sum() / (self.share * len(image))
             losses["penalty"] = penalty.detach()
             loss = loss + self.weight * penalty
         return {"loss": loss, **losses}
