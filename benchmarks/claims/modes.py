@@ -304,8 +304,8 @@ def main() -> None:
     figure.savefig(given.out / "modes.png", dpi=120)
     common.publish(
         f"{given.minutes:g} minutes of a core a model and set, seeds: {given.seeds}; "
-        f"{Points.drawn:,} points and {Clothes.drawn:,} pictures drawn; the classifier is right on {clothes.accuracy:.1%} "
-        f"of the test pictures.",
+        f"{Points.drawn:,} points and {Clothes.drawn:,} pictures drawn; the classifier is "
+        f"right on {clothes.accuracy:.1%} of the test pictures.",
         ("", "points seen", "modes of 25", "good", "clothes seen", "modes of 1000", "good"),
         [(way, *cells[way]) for way in ways],
     )

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from trilemma.batch import Rng
+from trilemma.diffusion.grids import CLEANEST
 from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Schedule
-from trilemma.diffusion.grids import CLEANEST
 
 Guess = Callable[[Tensor, float], tuple[Tensor, Tensor | float]]
 """x_t (B, ...), t -> the expected x_0 (B, ...), and the share v (B, ...) of the large variance."""

@@ -42,7 +42,7 @@ class Classifier(Model):
         network: nn.Module,
         classes: int,
         schedule: Schedule | None = None,
-        times: Callable[[Rng], Tensor] | None = None,
+        times: Callable[[Rng, Schedule], Tensor] | None = None,
         data_std: float = 1.0,
     ) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Classifier(Model):
         label = batch.condition.label
         assert label is not None
         x0 = self.codec.encode(batch.image)
-        t = self.times(batch.rng)  # (B,)
+        t = self.times(batch.rng, self.schedule)  # (B,)
         noise = batch.rng.normal(*x0.shape[1:])
         alpha, sigma = (v[:, None, None, None] for v in self.schedule(t))
         logits = self.logits(alpha * x0 + sigma * noise, t)

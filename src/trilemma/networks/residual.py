@@ -46,8 +46,9 @@ class Block(nn.Module):
         nn.init.kaiming_normal_(self.first.weight, a=SLOPE)
         self.first.weight.data.mul_(total**-0.5)
         nn.init.zeros_(self.second.weight)
-        for layer in (self.first, self.second):
-            nn.init.zeros_(layer.bias)
+        for bias in (self.first.bias, self.second.bias):
+            assert bias is not None
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
