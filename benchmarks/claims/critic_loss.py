@@ -35,7 +35,11 @@ SMALL = [  # both sides: networks for minutes on a CPU
     "train.watches=0", "model.generator.channels=32", "model.critic.channels=32",
 ]  # fmt: skip
 SIDES: dict[str, tuple[str, list[str], Callable[[Line], float]]] = {
-    "WGAN-GP": ("wgan-gp", [], lambda line: line["critic/real"] - line["critic/fake"]),
+    "WGAN-GP": (
+        "wgan-gp",
+        ["model.share=1", "train.optimizer.betas=[0.0,0.9]"],  # the paper's
+        lambda line: line["critic/real"] - line["critic/fake"],
+    ),
     "non-saturating": (
         "dcgan",
         ["model.smooth=0", "model.flip=0", "model.noise=0", "model.augment=off"],

@@ -147,7 +147,8 @@ class Diffusion(Model):
         x0 = self.codec.encode(image)
         t = self.times(rng, self.schedule)  # (B,)
         noise = rng.normal(*x0.shape[1:])
-        noise = self.pair(noise, x0, batch.condition.label if self.conditioner.classes else None)
+        of_a_kind = batch.condition.label if getattr(self.conditioner, "classes", 0) else None
+        noise = self.pair(noise, x0, of_a_kind)
         alpha, sigma = (_like(v, x0) for v in self.schedule(t))
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
