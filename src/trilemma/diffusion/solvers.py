@@ -222,9 +222,10 @@ class Solver(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its own options and their defaults."""
+        """Its own options and their defaults; what defaults to None is for models to give."""
         parameters = inspect.signature(self.steps).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        named = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return {name: default for name, default in named.items() if default is not None}
 
 
 def check(name: str, own: Mapping[str, Any]) -> Solver:
