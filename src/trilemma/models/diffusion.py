@@ -13,7 +13,6 @@ the Design Space of Diffusion-Based Generative Models", table 1.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +33,7 @@ from trilemma.diffusion.weights import LOSSES, Even
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded, check_shape
 
+SOLVER, STEPS = "dpmpp_2m", 20  # of `sample`, if nothing is said
 INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
 
 
@@ -175,18 +175,23 @@ class Diffusion(Model):
         output = self._network(x, t, alpha, sigma, nothing)
         return self.codec.decode(clean(x, output, alpha, sigma, self.target(alpha, sigma)))
 
-    def sample_steps(
+    def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
+        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
+        for x in self._walk(condition, rng, **options):
+            yield self.codec.decode(x)
+
+    def _walk(
         self,
         condition: Condition,
         rng: Rng,
         *,
-        solver: str = "dpmpp_2m",
-        steps: int = 20,
+        solver: str = SOLVER,
+        steps: int = STEPS,
         guidance: float = 1.0,
         grid: str | Sequence[float] | None = None,
         **own: Any,
     ) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
+        """Yield the states (B, ...) that `sample` goes through, not decoded."""
         chosen = check(solver, own)
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
@@ -199,12 +204,11 @@ class Diffusion(Model):
         denoise = self.denoiser(condition, guidance)
         _, sigma = self.schedule(times[:1])
         start = float(sigma) * rng.normal(*self.codec.shape)
-        for x in chosen.steps(denoise, start, times, self.schedule, rng, **own):
-            yield self.codec.decode(x)
+        yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
 
     def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
         """Return the names that `sample` takes beside its own: those of the chosen solver."""
-        solver = chosen.get("solver", inspect.signature(self.sample).parameters["solver"].default)
+        solver = chosen.get("solver", SOLVER)
         return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def sample(
@@ -212,8 +216,8 @@ class Diffusion(Model):
         condition: Condition,
         rng: Rng,
         *,
-        solver: str = "dpmpp_2m",
-        steps: int = 20,
+        solver: str = SOLVER,
+        steps: int = STEPS,
         guidance: float = 1.0,
         grid: str | Sequence[float] | None = None,
         **own: Any,
@@ -235,10 +239,10 @@ class Diffusion(Model):
                 than one step, times that do not fall in so many steps, or guidance of a model that
                 cannot be guided.
         """
-        drawing = self.sample_steps(
+        walk = self._walk(
             condition, rng, solver=solver, steps=steps, guidance=guidance, grid=grid, **own
         )
-        return deque(drawing, maxlen=1).pop()
+        return self.codec.decode(deque(walk, maxlen=1).pop())
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
