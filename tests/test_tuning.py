@@ -31,9 +31,9 @@ def mixture(schedule):
     return denoise
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "unipc"])
 def test_a_tuned_grid_beats_every_named_one_on_a_mixture(solver):
-    schedule, steps = schedules.Cosine(), 5
+    schedule, steps = schedules.Linear(), 5
     denoise = mixture(schedule)
 
     def drawing(seeds):
@@ -45,14 +45,14 @@ def test_a_tuned_grid_beats_every_named_one_on_a_mixture(solver):
         many = grids.even_log_snr(schedule, 200)
         return draw, draw(many, "dpmpp_2m")
 
-    draw, target = drawing(range(32))
+    draw, target = drawing(range(128))
     named = [grid(schedule, steps) for grid in grids.GRIDS.values()]
     nearest = min(named, key=lambda times: (draw(times) - target).square().mean())
     tuned = tuning.fit(draw, target, schedule, nearest)
     assert len(tuned) == steps + 1 and tuned[0] == 1 and tuned[-1] == 0 and (tuned.diff() < 0).all()
-    draw, target = drawing(range(100, 132))  # other noises
+    draw, target = drawing(range(1000, 1128))  # other noises
     best = min((draw(times) - target).square().mean() for times in named)
-    assert (draw(tuned) - target).square().mean() < 0.8 * best
+    assert (draw(tuned) - target).square().mean() < 0.9 * best
 
 
 def test_gaps_and_times_are_inverse():

@@ -29,7 +29,7 @@ from trilemma.diffusion.levels import STRAIGHT, levels
 from trilemma.diffusion.schedules import Schedule
 from trilemma.diffusion.solvers import SOLVERS
 from trilemma.errors import UserError
-from trilemma.models.diffusion import Diffusion
+from trilemma.models.diffusion import SOLVER, Diffusion
 
 REFERENCE = 128  # steps of dpmpp_2m on its own grid
 ROUNDS = 8  # of least squares, at most
@@ -136,7 +136,7 @@ def tune_steps(
             f"{trained.name} is not drawn in steps; tune-steps is for runs of diffusion models"
         )
     chosen = trained.options({"solver": solver})
-    name = chosen.get("solver", "dpmpp_2m")
+    name = chosen.get("solver", SOLVER)
     known = [key for key, each in SOLVERS.items() if not each.stochastic]
     if name not in known:
         why = "draws fresh noise, so it has no reference" if name in SOLVERS else "is not known"

@@ -21,7 +21,6 @@ step's variance lies. It learns from the bound on the likelihood, which x_0 does
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +58,7 @@ from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded, check_shape
 
+SOLVER, STEPS = "dpmpp_2m", 20  # of `sample`, if nothing is said
 INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
 LIKELIHOOD_STEPS = 16  # of Runge and Kutta's method, four network calls each and their gradients
 BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021
@@ -351,19 +351,24 @@ class Diffusion(Model):
 
             return step_bound(guess, image, self.schedule, rng, self.steps)
 
-    def sample_steps(
+    def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
+        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
+        for x in self._walk(condition, rng, **options):
+            yield self.codec.decode(x)
+
+    def _walk(
         self,
         condition: Condition,
         rng: Rng,
         *,
-        solver: str = "dpmpp_2m",
-        steps: int = 20,
+        solver: str = SOLVER,
+        steps: int = STEPS,
         guidance: float | Guidance = 1.0,
         grid: str | Sequence[float] | None = None,
         begin: tuple[Tensor, float] | None = None,
         **own: Any,
     ) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`.
+        """Yield the states (B, ...) that `sample` goes through, not decoded.
 
         Begins, instead of with noise, with images and a share of noise on them, as `vary`.
         """
@@ -396,12 +401,11 @@ class Diffusion(Model):
             times = torch.cat([t, times[times < 0.999 * t]])
             alpha, sigma = self.schedule(t)
             start = float(alpha) * self.codec.encode(image) + float(sigma) * noise
-        for x in chosen.steps(denoise, start, times, self.schedule, rng, **own):
-            yield self.codec.decode(x)
+        yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
 
     def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
         """Return the names that `sample` takes beside its own: those of the chosen solver."""
-        solver = chosen.get("solver", inspect.signature(self.sample).parameters["solver"].default)
+        solver = chosen.get("solver", SOLVER)
         return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def sample(
@@ -409,8 +413,8 @@ class Diffusion(Model):
         condition: Condition,
         rng: Rng,
         *,
-        solver: str = "dpmpp_2m",
-        steps: int = 20,
+        solver: str = SOLVER,
+        steps: int = STEPS,
         guidance: float | Guidance = 1.0,
         grid: str | Sequence[float] | None = None,
         **own: Any,
@@ -432,10 +436,10 @@ class Diffusion(Model):
                 than one step, times that do not fall in so many steps, or guidance of a model that
                 cannot be guided.
         """
-        drawing = self.sample_steps(
+        walk = self._walk(
             condition, rng, solver=solver, steps=steps, guidance=guidance, grid=grid, **own
         )
-        return deque(drawing, maxlen=1).pop()
+        return self.codec.decode(deque(walk, maxlen=1).pop())
 
     def vary(
         self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
@@ -450,8 +454,8 @@ class Diffusion(Model):
         Raises:
             ValueError: as `sample`; a strength of 0 or less or more than 1.
         """
-        drawing = self.sample_steps(condition, rng, begin=(image, strength), **options)
-        return deque(drawing, maxlen=1).pop()
+        walk = self._walk(condition, rng, begin=(image, strength), **options)
+        return self.codec.decode(deque(walk, maxlen=1).pop())
 
     def inpaint(
         self,
