@@ -456,6 +456,8 @@ def test_learned_variance_spans_small_and_large():
         model().sample(Condition(1), Rng([0]), solver="ddpm", variance="learned")
     with pytest.raises(ValueError, match="times of type"):
         model(learn_variance=True)
+    with pytest.raises(ValueError, match="out_channels=2"):
+        model(learn_variance=True, times=times.Uniform(10)).loss(batch())
 
 
 def test_the_bound_teaches_the_variance_and_nothing_else():

@@ -10,8 +10,9 @@ y = cos(p) x_0 + sin(p) noise at the angle p = atan(sigma / alpha), so that
 
     dy/dp = cos(p) noise - sin(p) x_0 = (cos(p) y - x_0) / sin(p),
 
-regular at pure noise (p = pi/2) and, in steps even in log p, near the picture too. The flow begins
-at sigma / alpha = 0.002, where sampling takes the picture to be clean.
+regular at pure noise (p = pi/2) too. Steps are even in w = log tan(c p), which is
+log(sigma / alpha) but for the c just below 1 that makes it finite at pure noise. The flow begins at
+sigma / alpha = 0.002, where sampling takes the picture to be clean.
 
 **By the steps.** For a model of T steps, Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic
 Models", eq. 5, bounds the probability of the 8-bit picture, -log P <= L_T + ... + L_1 + L_0, with
@@ -35,6 +36,8 @@ from trilemma.batch import Rng
 from trilemma.diffusion.grids import CLEANEST
 from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Schedule
+
+FARTHEST = 100.0  # tan(c p) at pure noise
 
 Guess = Callable[[Tensor, float], tuple[Tensor, Tensor | float]]
 """x_t (B, ...), t -> the expected x_0 (B, ...), and the share v (B, ...) of the large variance."""
@@ -66,8 +69,10 @@ def flow_log_prob(
     e = e.to(x0.dtype)
     alpha, sigma = schedule(torch.ones((), dtype=torch.float64))
     first, last = math.atan(CLEANEST), math.atan2(float(sigma), float(alpha))
-    log_p = torch.linspace(math.log(first), math.log(last), 2 * steps + 1, dtype=torch.float64)
-    p = log_p.exp()
+    c = min(1.0, math.atan(FARTHEST) / last)
+    low, high = math.log(math.tan(c * first)), math.log(math.tan(c * last))
+    w = torch.linspace(low, high, 2 * steps + 1, dtype=torch.float64)
+    p = w.exp().atan() / c
     times = schedule.time(-2 * p.tan().log())
     times[-1] = 1
     alphas, sigmas = schedule(times)
@@ -75,21 +80,21 @@ def flow_log_prob(
     places = list(zip(times.tolist(), p.tolist(), norms.tolist(), strict=True))
 
     def slope(place: tuple[float, float, float], y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dy / dlog p and the estimate (B,) of its divergence."""
+        """Return dy / dw and the estimate (B,) of its divergence."""
         t, p, norm = place
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             guess = denoise(norm * y, t)
             (product,) = torch.autograd.grad(guess, y, e)
         trace = (product * e).flatten(1).sum(1).double()
-        rate = p / math.sin(p)
+        rate = math.sin(2 * c * p) / (2 * c * math.sin(p))
         return (
             rate * (math.cos(p) * y.detach() - guess.detach()),
             rate * (math.cos(p) * dims - trace),
         )
 
     y, gained = math.cos(first) * x0, torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
-    width = float(log_p[2] - log_p[0])
+    width = (high - low) / steps
     for i in range(0, 2 * steps, 2):
         start, middle, end = places[i : i + 3]
         k1, g1 = slope(start, y)

@@ -176,6 +176,11 @@ class Diffusion(Model):
         output = self.network(scale * x, t, embedded).to(x.dtype)
         if not self.learn_variance:
             return output, None
+        if output.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"the network gives {output.shape[1]} channels for {x.shape[1]}; learn_variance "
+                f"needs twice as many: --set model.network.out_channels={2 * x.shape[1]}"
+            )
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2
 
