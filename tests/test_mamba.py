@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
+from trilemma.networks.dit import DiT
 from trilemma.networks.layers import Embedded
 from trilemma.networks.mamba import ORDERS, Block, Mamba, order, scan
+from trilemma.profile import flops
 
 WIDTH = 16
 
@@ -135,6 +138,31 @@ def test_the_order_matters():
     x, time, embedded = batch()
     outs = [small(orders=[name])(x, time, embedded) for name in ("rows", "columns", "zigzag")]
     assert min((outs[i] - outs[i - 1]).abs().max() for i in range(3)) > 1e-4
+
+
+def taken(network, size):
+    """Operations, and bytes kept for the backward pass, of one picture."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor.detach()
+
+    x, time = torch.randn(1, 3, size, size), torch.rand(1)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        operations = flops(lambda: network(x, time))
+    return operations, sum(size for _, size in kept.values())
+
+
+def test_work_and_memory_are_linear_in_the_number_of_patches():
+    network = small(head_dim=4)
+    few, many = taken(network, 32), taken(network, 64)  # 256 and 1,024 patches
+    assert many[0] / few[0] == pytest.approx(4, rel=0.02)
+    assert many[1] / few[1] == pytest.approx(4, rel=0.05)
+    transformer = DiT(3, 3, 32, width=WIDTH, depth=3, heads=2)
+    few, many = taken(transformer, 32), taken(transformer, 64)
+    assert many[0] / few[0] > 10
 
 
 def test_an_image_does_not_see_its_batch():
