@@ -170,8 +170,8 @@ def toward(
             )
         if not (gradient.isfinite().all() and fit.isfinite().all()):
             raise ValueError(
-                "the guide's value or gradient is not finite; look for a division by 0, or for the square "
-                "root or logarithm of 0, and add a small number there"
+                "the guide's value or gradient is not finite; look for a division by 0, or for the "
+                "square root or logarithm of 0, and add a small number there"
             )
         alpha, sigma = level(schedule, t)
         return x0.detach() + (scale * sigma**2 / alpha if alpha else 0.0) * gradient
