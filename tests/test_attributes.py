@@ -94,8 +94,9 @@ def test_a_model_of_classes_takes_no_attributes(tmp_path):
 def test_a_diffusion_model_of_attributes(folder, tmp_path):
     spec = 'model.conditioner={type="conditioning.Attributes", attributes="@attributes", dim=128}'
     changes = [*tiny.overrides("quick-diffusion"), spec]
+    changes += ["train.warmup=0", "train.ema_halflife=0"]
     out = tmp_path / "run"
-    training.train("quick-diffusion", folder, out=out, steps=3, overrides=changes, quiet=True)
+    training.train("quick-diffusion", folder, out=out, steps=10, overrides=changes, quiet=True)
     trained = sampling.load(out)
     assert trained.options({})["guidance"] == 1.5
     bright = trained.sample(2, attributes=["bright"], steps=2, guidance=8.0)

@@ -114,6 +114,7 @@ def test_together_adds_vectors_and_joins_channels():
     assert made.image.shape == (2, 4, 16, 16) and made.tokens is None
     nothing = both.nothing(told)
     assert not nothing.image[:, :3].any() and (nothing.image[:, 3] == 0.5).all()
+    assert both.classes == 3 and parts[3].classes == 0
     assert both.guidable and not Together([Source("grey", (3, 16, 16)), Labels(0, 8)]).guidable
     assert source_of(both) is parts[3] and source_of(labels) is None
 
@@ -127,6 +128,7 @@ def test_a_model_of_a_source_learns_samples_and_is_guided_by_its_label():
     image = pictures()
     batch = Batch(image, Condition(6, torch.arange(6) % 3), 0, Rng(range(6)))
     whole = model.loss(batch)["loss"]
+    batch = Batch(image, batch.condition, 0, Rng(range(6)))
     parts = [model.loss(part)["loss"] for part in batch.split(3)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
     told = Condition(6, batch.condition.label, source=shrink(image, 4))

@@ -46,19 +46,19 @@ def gaussian(schedule=None):
 
 @pytest.mark.parametrize("schedule", [schedules.Straight(), schedules.Linear()])
 def test_what_is_painted_has_the_conditional_mean(schedule):
-    n, known = 400, torch.tensor([0.5, 0.3])
+    n, known = 200, torch.tensor([0.5, 0.3])
     image = torch.cat([known, torch.full((2,), 9.0)]).expand(n, 1, 1, 4)  # hidden is not read
     mask = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(n, 1, 1, 4)
     gain = COVARIANCE[2:, :2] @ torch.linalg.inv(COVARIANCE[:2, :2])
     mean = MEAN[2:] + gain @ (known - MEAN[:2])
     spread = (COVARIANCE[2:, 2:] - gain @ COVARIANCE[:2, 2:]).diag().sqrt()
     errors = {}
-    for times in (1, 20):
+    for times in (1, 12):
         model, rng = gaussian(schedule), Rng(range(n))
-        drawn = model.inpaint(image, mask, Condition(n), rng, resample=times)
+        drawn = model.inpaint(image, mask, Condition(n), rng, steps=20, resample=times)
         assert torch.equal(drawn[..., :2], image[..., :2]), "the known part is touched"
         errors[times] = (drawn[..., 2:].flatten(1).mean(0) - mean).abs().max().item()
-    assert errors[20] < 0.04 < 0.08 < errors[1]
+    assert errors[12] < 0.06 < 0.08 < errors[1]
     assert (drawn[..., 2:].flatten(1).std(0) / spread).tolist() == pytest.approx([1, 1], abs=0.35)
 
 
@@ -78,7 +78,7 @@ def test_variations_keep_what_the_noise_left():
         last = alike
     assert abs(last) < 0.1, "at strength 1 nothing is left"
     faint = model.vary(image, 0.01, Condition(n), Rng(range(n)), steps=20)
-    torch.testing.assert_close(faint, image, atol=0.06, rtol=0)
+    torch.testing.assert_close(faint, image, atol=0.1, rtol=0)
 
 
 def test_only_the_steps_below_the_strength_are_taken():

@@ -32,9 +32,11 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         guidable: whether "nothing said" is learned, without which there is no guidance.
+        classes: how many it knows; 0 if it reads no labels.
     """
 
     guidable: bool
+    classes: int = 0
 
     @abstractmethod
     def forward(
@@ -230,6 +232,7 @@ class Together(Conditioner):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.guidable = any(part.guidable for part in parts)
+        self.classes = max((part.classes for part in parts), default=0)
 
     def forward(
         self, condition: Condition, rng: Rng | None = None, image: Tensor | None = None

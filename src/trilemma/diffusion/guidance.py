@@ -168,10 +168,10 @@ def toward(
                 "the guide has no gradient: it must be made of differentiable operations of torch "
                 "on the pictures it is given, without .detach(), .item(), rounding or numpy"
             )
-        if not gradient.isfinite().all():
+        if not (gradient.isfinite().all() and fit.isfinite().all()):
             raise ValueError(
-                "the guide's gradient is not finite; look for a division by 0, or for the square "
-                "root or logarithm of 0, and add a small number there"
+                "the guide's value or gradient is not finite; look for a division by 0, or for the "
+                "square root or logarithm of 0, and add a small number there"
             )
         alpha, sigma = level(schedule, t)
         return x0.detach() + (scale * sigma**2 / alpha if alpha else 0.0) * gradient
