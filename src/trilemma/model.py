@@ -8,7 +8,7 @@ VAE has one phase, a GAN two, and the training loop treats them alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,6 +113,15 @@ class HasDenoising(Protocol):
 
     def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
         """Take Gaussian noise of deviations (B,) from images (B, C, H, W); into [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A part of a model that takes a measure of the data, once, before training begins."""
+
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Look at batches of images (B, C, H, W) in [-1, 1]."""
         ...
 
 
