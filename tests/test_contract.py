@@ -45,12 +45,14 @@ def folders(tmp_path_factory):
     """Folders with the runs that recipes use, in `runs`: tiny ones, and one step at 32 pixels."""
     tiny_ones, sizeable = (tmp_path_factory.mktemp(name) for name in ("tiny", "sizeable"))
     pictures = tiny.pictures(tmp_path_factory.mktemp("pictures"))
-    for folder, size, changes in (
-        (tiny_ones, tiny.SIZE, tiny.overrides("vqvae")),
-        (sizeable, 32, ["train.batch=8", "train.grids=0"]),
-    ):
-        data = load_data(pictures, split="all", size=size)
-        fit("vqvae", data, folder / "runs" / "vqvae", steps=1, overrides=changes)
+    large = ["train.batch=8", "train.grids=0"]
+    for name, own in (("vqvae", []), ("kl-f4", ["model.weights=none"])):
+        for folder, size, changes in (
+            (tiny_ones, tiny.SIZE, tiny.overrides(name)),
+            (sizeable, 32, [*large, *own]),
+        ):
+            data = load_data(pictures, split="all", size=size)
+            fit(name, data, folder / "runs" / name, steps=1, overrides=changes)
     return tiny_ones, sizeable
 
 

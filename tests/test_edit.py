@@ -126,7 +126,10 @@ def test_completion_over_every_family(name, folder, trained):
 def test_denoising_over_every_family(name, folder, trained):
     model = trained(name)
     images = data.pictures(folder / "class0", model.data["shape"])[1][:2]
-    if isinstance(model.model, HasDenoising):
+    if name == "latent-diffusion":
+        with pytest.raises(UserError, match="removes no noise: it knows noise on latents"):
+            edit.denoise(model, images)
+    elif isinstance(model.model, HasDenoising):
         assert edit.denoise(model, images).shape == images.shape
     elif isinstance(model.model, HasLatents) and model.recipe["about"]["family"] != "flow":
         assert torch.equal(edit.denoise(model, images, 0.3), edit.reconstruct(model, images))

@@ -67,7 +67,7 @@ def weights(tmp_path):
 def test_kl_is_that_of_gaussians_over_the_values_of_an_image():
     model, one = kl(kl=0.5), batch()
     mean, log_variance = model.encoder(one.image).chunk(2, dim=1)
-    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    posterior = torch.distributions.Normal(mean, (0.5 * (log_variance - 6)).exp())
     nats = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1))
     wanted = nats.flatten(1).sum(1).mean()
     latent, regulariser, told = model.squeeze(one)
@@ -194,6 +194,15 @@ def test_features_and_their_share(weights):
     assert model.decoder.layers[0].weight.grad.abs().sum() > 0
 
 
+def test_an_even_decoder_makes_no_pattern_of_what_is_flat():
+    decoder = GridDecoder(SHAPE, 4, 8, 1, even=True)
+    assert decoder.last is decoder.layers[-1].weight
+    flat = torch.rand(1, 8, 1, 1).expand(1, 8, 8, 8)
+    inner = decoder.layers[-4:](flat)[..., 3:-3, 3:-3]
+    assert inner.shape == (1, 3, 10, 10)
+    assert torch.allclose(inner, inner[..., :1, :1].expand_as(inner), atol=1e-6)
+
+
 # Features
 
 
@@ -212,12 +221,12 @@ def test_distance_of_features_is_that_of_its_formula(weights):
 
 def test_depths_are_the_blocks_ends_as_far_as_there_are_places():
     network = perceptual.VGG(16, (1, 2, 3, 4, 5))
-    sides = {32: [32, 16, 8, 4, 2], 28: [28, 14, 7, 3], 12: [12, 6, 3], 3: [3]}
+    sides = {64: [64, 32, 16, 8, 4], 32: [32, 16, 8, 4], 28: [28, 14, 7], 12: [12, 6], 3: [3]}
     for size, wanted in sides.items():
         found = network.depths(torch.zeros(1, 1, size, size))
         assert [f.shape[2] for f in found] == wanted
         assert [f.shape[1] for f in found] == [1, 2, 3, 4, 5][: len(wanted)]
-    image = torch.rand(1, 3, 32, 32)
+    image = torch.rand(1, 3, 64, 64)
     assert torch.equal(network.depths(image)[-1], network(image))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -140,3 +140,84 @@ class CodeTokens(Tokens):
     def decode(self, tokens: Tensor) -> Tensor:
         """Map codes (B, h w) to images (B, C, H, W) in [-1, 1]."""
         return self._vqvae.from_codes(tokens.view(len(tokens), *self.grid[:2])).clamp(-1, 1)
+
+
+@runtime_checkable
+class FirstStage(Protocol):
+    """A model that maps pictures to a grid of vectors and back: an autoencoder with a grid."""
+
+    latent_shape: tuple[int, int, int]
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to latents (B, D, h, w)."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map latents (B, D, h, w) to images (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+class Latents(nn.Module):
+    """Pictures as the latents of a trained first stage, brought to mean 0 and deviation 1.
+
+        x = (z - mean) / deviation
+
+    Rombach et al. (2022), "High-Resolution Image Synthesis with Latent Diffusion Models", appendix
+    G: what draws x starts from noise of deviation 1, and says as much of each step as `diffusion`
+    expects only if x is as wide. Mean of each component over pictures and places, one deviation for
+    all, so that components keep their proportions; `measure` takes both from the data, once, before
+    training. Where latents are Gaussians, z is their mean.
+
+    Args:
+        stage: the first stage; in a recipe `{ type = "trained", path = "runs/kl-f4" }`.
+        shape: (C, H, W) of the pictures.
+
+    Attributes:
+        shape: (D, h, w) of x.
+    """
+
+    bounds = None
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, stage: Frozen, shape: Sequence[int]) -> None:
+        super().__init__()
+        model = stage.module
+        if not isinstance(model, FirstStage):
+            raise ValueError(
+                f"the first stage is a trained {type(model).__name__}, whose latents are no grid "
+                "of vectors; give the run of an AutoencoderKL, a VQGAN or a VQ-VAE"
+            )
+        self.stage, self.picture = stage, tuple(shape)
+        self.shape = tuple(model.latent_shape)
+        self.register_buffer("mean", torch.zeros(self.shape[0], 1, 1))
+        self.register_buffer("deviation", torch.ones(()))
+
+    @property
+    def _model(self) -> FirstStage:
+        return cast(FirstStage, self.stage.module)
+
+    @torch.no_grad()
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Take mean and deviation from batches of images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: all latents are alike.
+        """
+        latent = torch.cat([self._model.encode(image) for image in images]).double()
+        mean = latent.mean((0, 2, 3))[:, None, None]
+        deviation = (latent - mean).square().mean().sqrt()
+        if deviation == 0:
+            raise ValueError("the first stage maps all pictures to the same latents; train it")
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to x (B, D, h, w)."""
+        check_shape("pictures", image, *self.picture)
+        return (self._model.encode(image).float() - self.mean) / self.deviation
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Map x (B, D, h, w) to images (B, C, H, W) in [-1, 1]."""
+        return self._model.decode(x * self.deviation + self.mean)

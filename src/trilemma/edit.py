@@ -226,7 +226,10 @@ def denoise(
             level = noise_deviation(noisy)
             if deviation is not None:
                 level = torch.full_like(level, deviation)
-            made.append(to_uint8(model.restore(noisy, level)).cpu())
+            try:
+                made.append(to_uint8(model.restore(noisy, level)).cpu())
+            except ValueError as error:
+                raise UserError(f"{trained.name} removes no noise: {error}") from error
     return torch.cat(made)
 
 

@@ -8,7 +8,7 @@ VAE has one phase, a GAN two, and the training loop treats them alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -156,6 +156,15 @@ class HasRedrawing(Protocol):
 
         What is there in `image` is not read; the rest is kept as it is.
         """
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A part of a model that takes a measure of the data, once, before training begins."""
+
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Look at batches of images (B, C, H, W) in [-1, 1]."""
         ...
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,17 +33,18 @@ from trilemma import (
     translation,
     upscale,
 )
-from trilemma.batch import Batch
+from trilemma.batch import Batch, to_float
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Frozen, Losses, Model, Phase
+from trilemma.model import Frozen, Losses, Measures, Model, Phase
 from trilemma.run import Run, start_from
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
 
 PATIENCE = 5  # non-finite steps in a row before a run gives up
+MEASURED = 512  # pictures from which a part of a model measures the data
 SHOW_EVERY = 0.5  # seconds between updates of the progress bar
 
 
@@ -133,6 +135,7 @@ def train(
         start_from(model, sampling.load(init, "cpu").model, str(init))
     if not resume:
         load_frozen(model)
+        measure(model, data)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -163,6 +166,25 @@ def load_frozen(module: nn.Module) -> None:
             load_frozen(part)
         elif part.path is not None:
             checkpoint.load_weights(part.module, checkpoint.read_model(part.path)[0], part.path)
+
+
+def measure(module: nn.Module, data: Dataset) -> None:
+    """Let every part that measures the data see pictures from all over it, the same in every run.
+
+    What is frozen has measured its own.
+
+    Raises:
+        UserError: there is nothing to be measured.
+    """
+    for part in module.children():
+        if isinstance(part, Measures):
+            rows = np.linspace(0, len(data) - 1, min(len(data), MEASURED)).astype(np.int64)
+            try:
+                part.measure(to_float(data.tensor(some)) for some in np.array_split(rows, 8))
+            except ValueError as error:
+                raise UserError(f"{data.name}: {error}") from error
+        elif not isinstance(part, Frozen):
+            measure(part, data)
 
 
 def facts(data: Dataset) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
-from trilemma.codecs import Pixels
+from trilemma.codecs import Latents, Pixels
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
 from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
 from trilemma.diffusion.guidance import (
@@ -89,7 +89,7 @@ class Diffusion(Model):
 
     def __init__(
         self,
-        codec: Pixels,
+        codec: Pixels | Latents,
         network: nn.Module,
         conditioner: Conditioner | None = None,
         schedule: Schedule | None = None,
@@ -297,7 +297,12 @@ class Diffusion(Model):
         x + deviation noise is x_t / alpha at the time when sigma / alpha = deviation, and there the
         network's x_0 is the mean of all pictures that may lie behind: no other estimate has a
         smaller squared error. One network call, with nothing said of the picture.
+
+        Raises:
+            ValueError: the model draws latents, in which noise on a picture is not Gaussian.
         """
+        if not isinstance(self.codec, Pixels):
+            raise ValueError("it knows noise on latents, and this is noise on pictures")
         t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
         alpha, sigma = (_like(v, image) for v in self.schedule(t))
         x = alpha * image

@@ -54,6 +54,8 @@ from trilemma.models.quantiser import Coded, Quantiser
 from trilemma.networks import perceptual as vgg
 from trilemma.networks.layers import check_shape
 
+CALM = -6.0  # log-variances begin here: noise as strong as what it hides would hold learning up
+
 log = logging.getLogger(__name__)
 
 
@@ -252,7 +254,7 @@ class AutoencoderKL(FirstStage):
 
     def _posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encoder(image).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-30, 20)
+        return mean, (log_variance + CALM).clamp(-30, 20)
 
     def after(self) -> None:
         """Lambda follows."""

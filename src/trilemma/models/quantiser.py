@@ -177,6 +177,11 @@ class Coded:
     latent: int
     code_shape: tuple[int, int]
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(D, h, w) of the vectors of a picture's codes."""
+        return self.latent, *self.code_shape
+
     def codes(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
         return self.quantiser.nearest(self.encoder(image))

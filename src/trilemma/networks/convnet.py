@@ -12,6 +12,10 @@ to its first feature map, the decoder has them concatenated to the latent.
 
 GridEncoder and GridDecoder are the same without the linear layers: they go no further than a grid
 of vectors `factor` times smaller than the image.
+
+A decoder ends by unfolding channels to 2 x 2 pixels. An `even` one ends with nearest-neighbour
+upsampling and two convolutions at full size instead, which give the same to all pixels where their
+input is flat: Odena, Dumoulin, Olah (2016), "Deconvolution and Checkerboard Artifacts".
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import halvings
+from trilemma.networks.layers import halvings, upsample_conv
 
 
 class Residual(nn.Module):
@@ -37,6 +41,17 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour upsampling by two, then a 3 x 3 convolution."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, out, 2 H, 2 W)."""
+        return upsample_conv(x, self.weight, self.bias)
 
 
 class Encoder(nn.Module):
@@ -179,6 +194,7 @@ class GridDecoder(nn.Module):
         channels: width at half the image's size.
         blocks: residual blocks at each size.
         factor: how many times smaller the grid is: a power of 2.
+        even: end by upsampling, not by unfolding.
     """
 
     def __init__(
@@ -188,6 +204,7 @@ class GridDecoder(nn.Module):
         channels: int = 64,
         blocks: int = 2,
         factor: int = 4,
+        even: bool = False,
     ) -> None:
         super().__init__()
         widths = _grid_widths(channels, factor)[::-1]
@@ -196,13 +213,20 @@ class GridDecoder(nn.Module):
         for wide, narrow in zip(widths, widths[1:], strict=False):
             layers += [nn.SiLU(), nn.ConvTranspose2d(wide, narrow, 4, 2, 1)]
             layers += [Residual(narrow) for _ in range(blocks)]
-        layers += [nn.SiLU(), nn.Conv2d(channels, 4 * shape[0], 3, padding=1), nn.PixelShuffle(2)]
+        if even:
+            half = channels // 2
+            layers += [nn.SiLU(), Upsample(channels, half), nn.SiLU()]
+            layers += [nn.Conv2d(half, shape[0], 3, padding=1)]
+        else:
+            layers += [nn.SiLU(), nn.Conv2d(channels, 4 * shape[0], 3, padding=1)]
+            layers += [nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
 
     @property
     def last(self) -> Tensor:
         """The weights of the last convolution."""
-        return self.layers[-2].weight  # type: ignore[return-value]
+        layers = [layer for layer in self.layers if isinstance(layer, nn.Conv2d)]
+        return layers[-1].weight
 
     def forward(self, latent: Tensor) -> Tensor:
         """Map grids (B, D, h, w) to images (B, C, factor h, factor w)."""

@@ -72,13 +72,13 @@ class VGG(nn.Module):
     def depths(self, image: Tensor) -> list[Tensor]:
         """Map images (B, 1 or 3, H, W) in [-1, 1] to the last features (B, ., h, w) of each block.
 
-        Only of blocks at which 2 x 2 places are left: what is smaller sees mostly the border.
+        Only of blocks at which 4 x 4 places are left: what is smaller sees mostly the border.
         """
         x, found = self._normalised(image), []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 found.append(x)
-                if min(x.shape[2:]) < 4:
+                if min(x.shape[2:]) < 8:
                     return found
             x = layer(x)
         return [*found, x]
@@ -164,7 +164,8 @@ def load(weights: str, where: torch.device) -> VGG:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be used as VGG weights: {reason}") from None
-    return network.requires_grad_(False).eval().to(where)
+    network.requires_grad_(False).eval().to(where)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _package() -> Path:
