@@ -78,7 +78,7 @@ def short_searches(monkeypatch):
 def test_every_verb_of_latents_over_every_family(name, folder, trained):
     model = trained(name)
     images = data.pictures(folder / "class0", model.data["shape"])[1][:4]
-    if not isinstance(model.model, HasLatents):
+    if not isinstance(model.model, HasLatents) or model.repairs:
         with pytest.raises(UserError, match="no latents"):
             edit.reconstruct(model, images)
         return
@@ -126,7 +126,10 @@ def test_completion_over_every_family(name, folder, trained):
 def test_denoising_over_every_family(name, folder, trained):
     model = trained(name)
     images = data.pictures(folder / "class0", model.data["shape"])[1][:2]
-    if isinstance(model.model, HasDenoising):
+    if model.repairs:
+        with pytest.raises(UserError, match="removes no noise; use denoising-ae"):
+            edit.denoise(model, images)
+    elif isinstance(model.model, HasDenoising):
         assert edit.denoise(model, images).shape == images.shape
     elif isinstance(model.model, HasLatents) and model.recipe["about"]["family"] != "flow":
         assert torch.equal(edit.denoise(model, images, 0.3), edit.reconstruct(model, images))
