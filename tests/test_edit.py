@@ -78,7 +78,7 @@ def short_searches(monkeypatch):
 def test_every_verb_of_latents_over_every_family(name, folder, trained):
     model = trained(name)
     images = data.pictures(folder / "class0", model.data["shape"])[1][:4]
-    if not isinstance(model.model, HasLatents):
+    if not isinstance(model.model, HasLatents) or model.repairs:
         with pytest.raises(UserError, match="no latents"):
             edit.reconstruct(model, images)
         return
@@ -128,6 +128,9 @@ def test_denoising_over_every_family(name, folder, trained):
     images = data.pictures(folder / "class0", model.data["shape"])[1][:2]
     if name == "latent-diffusion":
         with pytest.raises(UserError, match="removes no noise: it knows noise on latents"):
+            edit.denoise(model, images)
+    elif model.repairs:
+        with pytest.raises(UserError, match="removes no noise; use denoising-ae"):
             edit.denoise(model, images)
     elif isinstance(model.model, HasDenoising):
         assert edit.denoise(model, images).shape == images.shape

@@ -212,6 +212,11 @@ def denoise(
         UserError: the model removes no noise, or the images are not of its shape.
     """
     model = trained.model
+    if trained.repairs:
+        raise UserError(
+            f"{trained.name} draws from given pictures and removes no noise; use denoising-ae, "
+            "another autoencoder or a diffusion model without a source"
+        )
     if not isinstance(model, HasDenoising):
         if not isinstance(model, HasLatents) or _exact(model):
             raise UserError(
@@ -338,6 +343,11 @@ PATHS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def _latents(trained: Trained) -> HasLatents:
+    if trained.repairs:
+        raise UserError(
+            f"{trained.name} draws from given pictures, so a picture has no latents to edit; "
+            f"use trilemma edit repair {trained.path} PICTURES --out DIR"
+        )
     if not isinstance(trained.model, HasLatents):
         raise UserError(
             f"{trained.name} is a {type(trained.model).__name__}, which has no latents to edit; "

@@ -132,7 +132,8 @@ class ProGAN(Model):
             return self.critic(image, label, stage, alpha)
 
         real_score, fake_score = critic(real), critic(fake)
-        penalty = gradient_penalty(critic, real, fake, rng.uniform()).mean()
+        with torch.autocast(real.device.type, enabled=False):  # bf16 is too coarse here
+            penalty = gradient_penalty(critic, real, fake, rng.uniform()).mean()
         loss = (fake_score - real_score).mean() + self.weight * penalty
         return {
             "loss": loss + self.drift * real_score.square().mean(),
