@@ -38,7 +38,7 @@ def langevin(
     rng: Rng,
     *,
     moves: int = 5,
-    size: float = 0.1,
+    size: float = 0.3,
 ) -> Iterator[Tensor]:
     """Move about at each noise level, from the highest to the lowest, then denoise once.
 
