@@ -85,6 +85,7 @@ def test_tuned_steps_are_kept_in_the_run_and_used(run, tmp_path, monkeypatch, ca
     before = sampling.load(run).sample(2, solver="dpmpp_2m", steps=4)
     arguments = ["tune-steps", run, "--calls", 4, "--solver", "dpmpp_2m", "-n", 3, "--json"]
     monkeypatch.setattr(tuning, "REFERENCE", 20)
+    monkeypatch.setattr(tuning, "ROUNDS", 3)
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert code == 0, err
     told = json.loads(out)

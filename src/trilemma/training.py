@@ -179,8 +179,9 @@ def measure(module: nn.Module, data: Dataset) -> None:
     for part in module.children():
         if isinstance(part, Measures):
             rows = np.linspace(0, len(data) - 1, min(len(data), MEASURED)).astype(np.int64)
+            parts = np.array_split(rows, min(8, len(rows)))
             try:
-                part.measure(to_float(data.tensor(some)) for some in np.array_split(rows, 8))
+                part.measure(to_float(data.tensor(some)) for some in parts)
             except ValueError as error:
                 raise UserError(f"{data.name}: {error}") from error
         elif not isinstance(part, Frozen):

@@ -164,8 +164,8 @@ def load(weights: str, where: torch.device) -> VGG:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be used as VGG weights: {reason}") from None
-    network.requires_grad_(False).eval().to(where)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.requires_grad_(False).eval().to(where)
 
 
 def _package() -> Path:
