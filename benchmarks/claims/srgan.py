@@ -40,7 +40,7 @@ def main() -> None:
         "--images",
         type=int,
         nargs=2,
-        default=[40_000, 20_000],
+        default=[24_000, 8_000],
         metavar="N",
         help="tiles that srresnet and srgan are trained on",
     )

@@ -284,12 +284,14 @@ class Trained:
         chosen = self.arguments({**self.options(options), **options})
         where = next(self.model.parameters()).device
         dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
+        by_gradients = any(options.get(name) is not None for name in ("guide", "classifier"))
+        without = torch.no_grad if by_gradients else torch.inference_mode
         for start in range(0, n, batch):
             count = min(batch, n - start)
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
             condition = Condition(count, part, self.attributes(rng, attributes))
-            with torch.no_grad(), device.autocast(dtype, where):  # a guide needs gradients
+            with without(), device.autocast(dtype, where):
                 images = self.generator.sample(condition, rng, **chosen)
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
