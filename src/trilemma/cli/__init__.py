@@ -1,0 +1,30 @@
+"""The command line: one thin command for each thing the package does.
+
+Nothing heavy is imported until a command needs it, so that `--help` is immediate. Results for
+machines go to stdout (`--json`), everything for people to stderr. Exit codes: 0 success, 1 failure,
+2 wrong use.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from trilemma.cli import commands, edit  # noqa: F401  (they say what the commands are)
+from trilemma.cli.shared import app, duration, number, screen
+from trilemma.errors import Interrupted, UserError
+
+__all__ = ["app", "duration", "main", "number"]
+
+
+def main() -> None:
+    """Run the command line; one clear message for each failure, a traceback with `--debug`."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except (Interrupted, UserError, OSError, ValueError) as error:
+        if debug:
+            raise
+        screen.print("error:", style="bold red", end=" ")
+        screen.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,334 @@
+"""The verbs of `trilemma edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trilemma.cli.shared import (
+    Device,
+    Guidance,
+    Json,
+    Option,
+    OutFolder,
+    Pictures,
+    Run,
+    Seed,
+    Solver,
+    Steps,
+    edit_app,
+    options,
+    read,
+    screen,
+    track,
+    upper_part,
+    wrote,
+)
+
+
+@edit_app.command("reconstruct")
+def edit_reconstruct(
+    run: Run, pictures: Pictures, out: OutFolder, device: Device = None, as_json: Json = False
+) -> None:
+    """Encode pictures and decode them: what the model keeps. The sheet shows both, side by side."""
+    import torch
+
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    made = edit.reconstruct(trained, images, track)
+    facts = {"edit": "reconstruct", "pictures": names}
+    paths = edit.save(trained, made, out, facts, columns=8)
+    pairs = torch.stack([images, made], 1).flatten(0, 1)
+    sampling.grid(pairs[:128], 8).save(paths[-1])
+    wrote(paths, as_json)
+
+
+@edit_app.command("interpolate")
+def edit_interpolate(
+    run: Run,
+    first: Annotated[str, typer.Argument(help="A picture, or a folder or zip of them.")],
+    second: Annotated[str, typer.Argument(help="As many pictures, to which the ways lead.")],
+    out: OutFolder,
+    steps: Annotated[int, typer.Option(min=2, help="Pictures on each way, with its ends.")] = 8,
+    path: Annotated[str, typer.Option(help="spherical or linear.")] = "spherical",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Walk from each picture to another through the latent space; a row of the sheet each."""
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    (names, images), (others, targets) = read(trained, first), read(trained, second)
+    made = edit.interpolate(trained, images, targets, steps, path, track)
+    facts = {"edit": "interpolate", "path": path, "first": names, "second": others}
+    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=steps), as_json)
+
+
+@edit_app.command("arithmetic")
+def edit_arithmetic(
+    run: Run,
+    pictures: Pictures,
+    plus: Annotated[str, typer.Option(help="Pictures that have what is to be added.")],
+    minus: Annotated[str, typer.Option(help="Pictures that lack it.")],
+    out: OutFolder,
+    strength: Annotated[float, typer.Option(help="How much is added; below 0 takes away.")] = 1.0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Move pictures along the mean difference of two groups: with glasses minus without, say."""
+    from trilemma import edit, sampling
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    groups = read(trained, plus)[1], read(trained, minus)[1]
+    made = edit.arithmetic(trained, images, *groups, strength, track)
+    facts: dict[str, Any] = {"edit": "arithmetic", "pictures": names, "strength": strength}
+    facts |= {"plus": plus, "minus": minus}
+    wrote(edit.save(trained, made, out, facts, columns=8), as_json)
+
+
+@edit_app.command("complete")
+def edit_complete(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    keep: Annotated[
+        str, typer.Option(help="What is given: top (the upper half), or a share such as 0.3.")
+    ] = "top",
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Completions of each.")] = 4,
+    seed: Seed = 0,
+    label: Annotated[
+        str | None, typer.Option(help="A class.", show_default="as the given part tells")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1: likelier values.")] = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the rest of pictures whose upper part is given, several times each.
+
+    A row of the sheet is the given part, its completions, and the original.
+    """
+    import torch
+
+    from trilemma import edit, sampling
+
+    share = upper_part(keep)
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    chosen = {"temperature": temperature, **options(option or [])}
+    made = edit.complete(trained, images, share, n, seed=seed, label=label, track=track, **chosen)
+    facts: dict[str, Any] = {"edit": "complete", "pictures": names, "keep": share, "seed": seed}
+    facts |= {"label": label, "sample": trained.options(chosen)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = images.clone()
+    given[:, :, round(share * images.shape[2]) :] = 128
+    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    wrote(paths, as_json)
+
+
+@edit_app.command("denoise")
+def edit_denoise(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Put so much noise on the pictures first, for show: a deviation, black being -1 "
+            "and white 1.",
+            show_default="none: they are noisy",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Remove Gaussian noise. The sheet shows each picture with its noise and without."""
+    import torch
+
+    from trilemma import edit, sampling
+    from trilemma.metrics.restoration import psnr
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    noisy = images if noise is None else edit.add_noise(images, noise, seed)
+    made = edit.denoise(trained, noisy, noise, track)
+    facts = {"edit": "denoise", "pictures": names, "noise": noise, "seed": seed}
+    paths = edit.save(trained, made, out, facts, columns=8)
+    shown = [noisy, made] if noise is None else [images, noisy, made]
+    sheet = torch.stack(shown, 1).flatten(0, 1)
+    sampling.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
+    told = {}
+    if noise is not None:
+        before, after = (float(psnr(each, images).mean()) for each in (noisy, made))
+        screen.print(f"PSNR {before:.1f} dB with the noise, {after:.1f} dB without")
+        told = {"psnr_noisy": before, "psnr": after}
+    wrote(paths, as_json, **told)
+
+
+Each = Annotated[int, typer.Option("-n", "--n", min=1, help="Pictures drawn of each.")]
+Label = Annotated[str | None, typer.Option(help="A class.", show_default="nothing is said")]
+Resample = Annotated[
+    int | None, typer.Option(min=1, help="How often each step is taken.", show_default="10")
+]
+
+
+@edit_app.command("vary")
+def edit_vary(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    strength: Annotated[float, typer.Option(help="Above 0; 1 keeps nothing of the picture.")] = 0.6,
+    n: Each = 4,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures that are like the given ones; with --label, of another class.
+
+    A row of the sheet is the picture and its variations.
+    """
+    import torch
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    made = redraw.vary(trained, images, strength, n, seed=seed, label=label, track=track, **chosen)
+    facts: dict[str, Any] = {"edit": "vary", "pictures": names, "strength": strength, "seed": seed}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    rows = torch.cat([images[:, None], made], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    wrote(paths, as_json)
+
+
+@edit_app.command("inpaint")
+def edit_inpaint(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    mask: Annotated[
+        Path,
+        typer.Option(
+            help="A picture of the same proportions, white (or, if it has transparency, "
+            "transparent) where to draw.",
+            show_default=False,
+        ),
+    ],
+    n: Each = 4,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    resample: Resample = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what a mask hides; the rest stays as it is.
+
+    A row of the sheet is what is given, what was drawn, and the original.
+    """
+    import torch
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    hidden = redraw.read_mask(mask, pictures, images.shape[2])
+    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
+    made = redraw.inpaint(trained, images, hidden, n, seed=seed, label=label, track=track, **chosen)
+    facts: dict[str, Any] = {"edit": "inpaint", "pictures": names, "mask": str(mask), "seed": seed}
+    facts |= {"label": label, "sample": redraw.told(trained, chosen, label, "inpaint")}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = torch.where(hidden, 128, images)
+    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    wrote(paths, as_json)
+
+
+@edit_app.command("outpaint")
+def edit_outpaint(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    top: Annotated[int, typer.Option(min=0, help="Pixels to add, of the model's size.")] = 0,
+    bottom: Annotated[int, typer.Option(min=0)] = 0,
+    left: Annotated[int, typer.Option(min=0)] = 0,
+    right: Annotated[int, typer.Option(min=0)] = 0,
+    n: Each = 1,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    resample: Resample = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Extend the canvas: draw what is beyond the borders."""
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
+    margins = (top, bottom, left, right)
+    made = redraw.outpaint(
+        trained, images, margins, n, seed=seed, label=label, track=track, **chosen
+    )
+    facts: dict[str, Any] = {"edit": "outpaint", "pictures": names, "margins": margins}
+    facts |= {"seed": seed, "label": label}
+    facts |= {"sample": redraw.told(trained, chosen, label, "inpaint")}
+    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=max(n, 4)), as_json)
+
+
+@edit_app.command("repair")
+def edit_repair(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    n: Each = 1,
+    seed: Seed = 0,
+    label: Label = None,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what pictures lack, by a model trained to: colours of grey ones, detail of small ones.
+
+    A row of the sheet is what is given and what was drawn.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from trilemma import edit, redraw, sampling
+
+    trained = sampling.load(run, device)
+    part = redraw.source(trained)
+    names, sources = read(trained, pictures, part.shape)
+    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    made = redraw.repair(trained, sources, n, seed=seed, label=label, track=track, **chosen)
+    facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
+    facts |= {"seed": seed, "label": label, "sample": redraw.told(trained, chosen, label)}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
+    rows = torch.cat([given[:, None], made], 1)[:64]
+    sampling.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
+    wrote(paths, as_json)
