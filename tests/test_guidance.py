@@ -14,7 +14,7 @@ from trilemma import cli, guides, recipe, sampling, training
 from trilemma.batch import Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.diffusion import schedules
-from trilemma.diffusion.guidance import Guidance, elsewhere, fit_of, level
+from trilemma.diffusion.guidance import Guidance, by_classifier, elsewhere, fit_of, level
 from trilemma.errors import UserError
 from trilemma.models.diffusion import Diffusion
 
@@ -41,7 +41,7 @@ def test_a_classifier_makes_an_unconditional_model_conditional(schedule, theirs)
         x = noisy(t, schedule)
         wanted = model.denoiser(GIVEN)(x, t)
         log_prob = judge.log_prob_of(GIVEN, exact.SHAPE, schedule)
-        made = model._by_classifier(guided, log_prob, 1.0)(x, t)
+        made = by_classifier(guided, log_prob, 1.0, model.schedule)(x, t)
         torch.testing.assert_close(made, wanted, atol=2e-4, rtol=0)
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser = common.options(__doc__)
     parser.add_argument("--run", required=True, help="of a diffusion model")
     parser.add_argument("--data", default="fashion-mnist", help="what it was trained on")
-    parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20, 50])
     parser.add_argument("--long", type=int, default=1000, help="calls of ddpm beside them; 0: none")
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -38,12 +38,11 @@ def main() -> None:
     side = trained.data["shape"][1]
     test = pictures.load(given.data, split="test", size=side)
     distance = common.Distance(test.images)
-    most = max(*given.calls, given.long)
     found: dict[tuple[str, int], float] = {}
     for name in given.solvers:
-        for calls in [*given.calls, most]:
+        for calls in [*given.calls, *[given.long] * (name == "ddpm" and given.long > 0)]:
             steps = steps_of(name, calls)
-            if not steps or (calls == most and calls not in given.calls and name != "ddpm"):
+            if not steps:
                 continue
             drawn = trained.sample(given.n, solver=name, steps=steps, guidance=given.guidance)
             found[name, calls] = distance(drawn)

@@ -45,7 +45,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trilemma.batch import Condition
 from trilemma.diffusion.schedules import Schedule
+from trilemma.networks.layers import Embedded
 
 if TYPE_CHECKING:
     from trilemma.models.classifier import Classifier
@@ -99,6 +101,92 @@ class Guidance:
             raise ValueError(
                 "a weaker model guides nothing at guidance 1; say how far, such as guidance 2"
             )
+
+
+def guided(model: Diffusion, condition: Condition, asked: Guidance) -> Denoiser:
+    """Return a model's denoiser under a condition, with all the guidance that is asked for.
+
+    Raises:
+        ValueError: the model cannot be guided so, or what is to guide does not fit it.
+    """
+    given = model.conditioner(condition)
+    plain: Denoiser = lambda x, t: model.denoise(x, t, given)  # noqa: E731
+    denoise = plain
+    if asked.scale != 1:
+        if asked.weaker is None:
+            both = _with_and_without(model, condition, given, asked.scale)
+        else:
+            both = _strong_and_weak(model, condition, given, asked.weaker)
+        denoise = classifier_free(both, asked.scale, asked.rescale)
+        if asked.interval is not None:
+            denoise = within(asked.interval, denoise, plain, model.schedule)
+    if asked.guide is not None:
+        denoise = by_guide(denoise, model, asked.guide, asked.guide_scale)
+    if asked.classifier is not None:
+        log_prob = asked.classifier.log_prob_of(condition, model.codec.shape, model.schedule)
+        denoise = by_classifier(denoise, log_prob, asked.classifier_scale, model.schedule)
+    return denoise
+
+
+def _with_and_without(
+    model: Diffusion, condition: Condition, given: Embedded, scale: float
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """Return x_0 with the condition and without it, by one call of the network."""
+    if not model.conditioner.guidable:
+        raise ValueError(
+            f"guidance {scale} needs a model trained with labels or attributes and with "
+            "conditioner.dropout above 0; use guidance 1, or train such a model"
+        )
+    nothing = model.conditioner.nothing(condition)
+    pairs = {name: (getattr(given, name), getattr(nothing, name)) for name in vars(given)}
+    doubled = Embedded(**{k: None if v[0] is None else torch.cat(v) for k, v in pairs.items()})
+
+    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        with_it, without = model.denoise(torch.cat([x, x]), t, doubled).chunk(2)
+        return with_it, without
+
+    return both
+
+
+def _strong_and_weak(
+    model: Diffusion, condition: Condition, given: Embedded, weaker: Diffusion
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """Return x_0 of a model and of a weaker one, under the same condition."""
+    if weaker.codec.shape != model.codec.shape:
+        raise ValueError(
+            f"the weaker model draws {weaker.codec.shape} and this one {model.codec.shape}; "
+            "it must be one of the same pictures: smaller, or trained for less long"
+        )
+    theirs = weaker.conditioner(condition)
+
+    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        there = elsewhere(x, t, model.schedule, weaker.schedule)
+        return model.denoise(x, t, given), weaker.denoise(*there, theirs)
+
+    return both
+
+
+def by_classifier(
+    denoise: Denoiser, log_prob: Denoiser, scale: float, schedule: Schedule
+) -> Denoiser:
+    """Guide by `log_prob`, (x_t, t) -> the log probability (B,) of the class."""
+
+    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return denoise(x.detach(), t), log_prob(x, t)
+
+    return toward(both, scale, schedule)
+
+
+def by_guide(denoise: Denoiser, model: Diffusion, guide: Guide, scale: float) -> Denoiser:
+    """Guide by what a function says of the expected picture."""
+
+    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        x0 = kept = denoise(x, t)
+        if model.codec.bounds:  # what is out of bounds keeps its gradient: it may come back
+            kept = x0.clamp(*model.codec.bounds).detach() + (x0 - x0.detach())
+        return x0, fit_of(guide, model.codec.decode(kept))
+
+    return toward(both, scale, model.schedule)
 
 
 def classifier_free(

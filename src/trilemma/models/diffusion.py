@@ -36,17 +36,7 @@ from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
 from trilemma.codecs import Latents, Pixels
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
 from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
-from trilemma.diffusion.guidance import (
-    Denoiser,
-    Guidance,
-    Guide,
-    classifier_free,
-    clipped,
-    elsewhere,
-    fit_of,
-    toward,
-    within,
-)
+from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
 from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
 from trilemma.diffusion.pairing import PAIRINGS
@@ -205,66 +195,8 @@ class Diffusion(Model):
             ValueError: guidance of a model that cannot be guided, or by what does not fit it.
         """
         asked = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-        given = self.conditioner(condition)
-        plain: Denoiser = lambda x, t: self.denoise(x, t, given)  # noqa: E731
-        denoise = plain
-        if asked.scale != 1:
-            both = self._with_and_without(condition, given, asked)
-            denoise = classifier_free(both, asked.scale, asked.rescale)
-            if asked.interval is not None:
-                denoise = within(asked.interval, denoise, plain, self.schedule)
-        if asked.guide is not None:
-            denoise = self._by_guide(denoise, asked.guide, asked.guide_scale)
-        if asked.classifier is not None:
-            log_prob = asked.classifier.log_prob_of(condition, self.codec.shape, self.schedule)
-            denoise = self._by_classifier(denoise, log_prob, asked.classifier_scale)
+        denoise = guided(self, condition, asked)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
-
-    def _with_and_without(
-        self, condition: Condition, given: Embedded, asked: Guidance
-    ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-        weaker = asked.weaker
-        if weaker is not None:
-            if weaker.codec.shape != self.codec.shape:
-                raise ValueError(
-                    f"the weaker model draws {weaker.codec.shape} and this one {self.codec.shape}; "
-                    "it must be one of the same pictures: smaller, or trained for less long"
-                )
-            theirs = weaker.conditioner(condition)
-
-            def strong_and_weak(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-                there = elsewhere(x, t, self.schedule, weaker.schedule)
-                return self.denoise(x, t, given), weaker.denoise(*there, theirs)
-
-            return strong_and_weak
-        if not self.conditioner.guidable:
-            raise ValueError(
-                f"guidance {asked.scale} needs a model trained with labels or attributes and with "
-                "conditioner.dropout above 0; use guidance 1, or train such a model"
-            )
-        doubled = _stack(given, self.conditioner.nothing(condition))
-
-        def with_and_without(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            with_it, without = self.denoise(torch.cat([x, x]), t, doubled).chunk(2)
-            return with_it, without
-
-        return with_and_without
-
-    def _by_classifier(self, denoise: Denoiser, log_prob: Denoiser, scale: float) -> Denoiser:
-        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            return denoise(x.detach(), t), log_prob(x, t)
-
-        return toward(both, scale, self.schedule)
-
-    def _by_guide(self, denoise: Denoiser, guide: Guide, scale: float) -> Denoiser:
-        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            x0 = denoise(x, t)
-            kept = x0
-            if self.codec.bounds:  # what is out of bounds keeps its gradient: it may come back
-                kept = x0.clamp(*self.codec.bounds).detach() + (x0 - x0.detach())
-            return x0, fit_of(guide, self.codec.decode(kept))
-
-        return toward(both, scale, self.schedule)
 
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of.
@@ -527,9 +459,3 @@ def _known(what: str, name: str, known: dict) -> str:
     if name not in known:
         raise ValueError(f"{what} '{name}' is not known; expected one of {', '.join(known)}")
     return name
-
-
-def _stack(first: Embedded, second: Embedded) -> Embedded:
-    """Return the embeddings of both batches as one batch."""
-    pairs = {name: (getattr(first, name), getattr(second, name)) for name in vars(first)}
-    return Embedded(**{k: None if v[0] is None else torch.cat(v) for k, v in pairs.items()})
