@@ -27,7 +27,7 @@ from trilemma import data as pictures
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.judge import Judge
-from trilemma.model import Generator
+from trilemma.model import Generator, TellsClasses
 from trilemma.report import choice, commands, scales
 from trilemma.report.commands import Request
 from trilemma.sampling import Trained
@@ -209,9 +209,9 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
         pair = specs[name].get("data", {}).get("pair")
         if pair in _FROM_PICTURES:
             does, command = _FROM_PICTURES[pair]
-        elif _draws(specs[name]):
+        elif _is(specs[name], Generator, if_unknown=True):
             continue
-        elif specs[name]["model"]["type"].startswith("models.classifier."):
+        elif _is(specs[name], TellsClasses):
             does, command = "tells classes", "sample --classifier"
         else:
             does, command = "restores pictures", "edit reconstruct"
@@ -222,12 +222,12 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
     return specs
 
 
-def _draws(spec: recipe.Recipe) -> bool:
-    """Whether the model draws pictures; one that cannot be built is told of in its turn."""
+def _is(spec: recipe.Recipe, kind: type, if_unknown: bool = False) -> bool:
+    """Whether the model is of a kind; one that cannot be built is told of in its turn."""
     try:
-        return issubclass(recipe.lookup(spec["model"]["type"]), Generator)
+        return issubclass(recipe.lookup(spec["model"]["type"]), kind)
     except UserError:
-        return True
+        return if_unknown
 
 
 def _agree(out: Path, request: Request) -> None:

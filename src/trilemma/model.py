@@ -160,6 +160,17 @@ class HasRedrawing(Protocol):
 
 
 @runtime_checkable
+class TellsClasses(Protocol):
+    """Tells the class of noisy pictures, by which others are guided; draws nothing."""
+
+    def log_prob_of(
+        self, condition: Condition, shape: Sequence[int], schedule: Any
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Return (x_t (B, *shape), t) -> log p(label | x_t) (B,) in another model's schedule."""
+        ...
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A part of a model that takes a measure of the data, once, before training begins."""
 

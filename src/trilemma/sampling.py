@@ -17,8 +17,7 @@ from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, HasOwnOptions, Model
-from trilemma.models.classifier import Classifier
+from trilemma.model import Generator, HasOwnOptions, Model, TellsClasses
 
 GUIDANCE = {
     "guidance": "scale",
@@ -93,7 +92,7 @@ class Trained:
     @property
     def classifies(self) -> bool:
         """Whether the model tells classes, and draws nothing."""
-        return isinstance(self.model, Classifier)
+        return isinstance(self.model, TellsClasses)
 
     @property
     def draws(self) -> bool:
