@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import trilemma
 from trilemma import checkpoint
 from trilemma.errors import UserError
+from trilemma.tuning import tune_steps
 
 
 def test_round_trip(tmp_path):
@@ -48,3 +50,25 @@ def test_weights_must_fit():
     module = torch.nn.Linear(2, 3)
     with pytest.raises(UserError, match=r"missing: bias; unknown: other; shape: weight \(1,\)"):
         checkpoint.load_weights(module, {"weight": torch.ones(1), "other": torch.ones(1)}, "x")
+
+
+def test_packaged_models_draw_and_fit_in_a_clone(tmp_path):
+    names = checkpoint.packaged_models()
+    assert "fashion" in names
+    for name in names:
+        assert (checkpoint.PACKAGED / f"{name}.safetensors").stat().st_size <= 16 * 2**20
+        assert (checkpoint.PACKAGED / f"LICENSE-{name}.txt").is_file()
+    boots = trilemma.load("fashion").sample(2, label="Ankle boot", steps=2)
+    assert boots.shape == (2, 1, 28, 28) and boots.float().std() > 10
+
+
+def test_a_run_goes_before_a_packaged_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion").mkdir()  # a folder of pictures, say
+    assert checkpoint.model_file("fashion").parent == checkpoint.PACKAGED
+    checkpoint.write(tmp_path / "fashion" / "model.safetensors", {"a": torch.ones(1)}, {})
+    assert checkpoint.model_file("fashion").parent.name == "fashion"
+    with pytest.raises(UserError, match="one of the packaged models: .*fashion"):
+        checkpoint.read_model("fasion")
+    with pytest.raises(UserError, match="is a packaged model"):
+        tune_steps(checkpoint.PACKAGED / "fashion.safetensors")

@@ -2,9 +2,10 @@
 
 `model.safetensors`   averaged weights, with the recipe and the data's facts in its metadata.
 `training/state.safetensors`   everything needed to go on bit for bit.
+`trained/NAME.safetensors`, in the package: models to draw from at once, by name.
 
-Both are written to a temporary name, flushed to the disk and renamed, so that a kill at any moment
-leaves the last good file. There is no pickle anywhere.
+A run's are written to a temporary name, flushed to the disk and renamed, so that a kill at any
+moment leaves the last good file. There is no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from trilemma.errors import UserError
 
 FORMAT = 1
+PACKAGED = Path(__file__).parent / "trained"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -66,10 +68,35 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the trained model of a run folder, or of a file; returns and errors as `read`."""
+def model_file(run: str | Path) -> Path:
+    """Return the file of a trained model: a run folder's, itself, or the packaged one of that name.
+
+    What there is on the disk goes before a packaged model of the same name.
+    """
     path = Path(run)
-    return read(path / "model.safetensors" if path.is_dir() else path)
+    if path.is_file():
+        return path
+    packaged = PACKAGED / f"{run}.safetensors"
+    inside = path / "model.safetensors"
+    if str(run) in packaged_models() and not inside.is_file():
+        return packaged
+    return inside if path.is_dir() else path
+
+
+def packaged_models() -> list[str]:
+    """Return the names of the trained models that come with the package."""
+    return sorted(path.stem for path in PACKAGED.glob("*.safetensors"))
+
+
+def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the trained model of a run folder, of a file, or a packaged one; errors as `read`."""
+    path = model_file(run)
+    if not path.exists() and os.sep not in str(run):
+        raise UserError(
+            f"{run} does not exist; expected a run folder that `trilemma train` made, or one of the "
+            f"packaged models: {', '.join(packaged_models())}"
+        )
+    return read(path)
 
 
 def flatten(prefix: str, tree: Any, tensors: dict[str, Tensor]) -> Any:

@@ -128,8 +128,12 @@ def tune_steps(
         solver's own grid and `kept` says whether the tuned one is better than all.
 
     Raises:
-        UserError: no diffusion model, an unknown or stochastic solver, or too few calls.
+        UserError: no diffusion model, or a packaged one; an unknown or stochastic solver, or too few calls.
     """
+    if checkpoint.model_file(run).parent == checkpoint.PACKAGED:
+        raise UserError(
+            f"{run} is a packaged model, which keeps no times; train one, or give --steps and --grid"
+        )
     trained = sampling.load(run, device_name)
     if not isinstance(trained.model, Diffusion):
         raise UserError(
@@ -179,6 +183,4 @@ def _keep(run: str | Path, entry: dict[str, Any]) -> None:
         for each in facts.get("tuned", [])
         if (each["solver"], each["steps"]) != (entry["solver"], entry["steps"])
     ]
-    path = Path(run)
-    path = path / "model.safetensors" if path.is_dir() else path
-    checkpoint.write(path, tensors, {**facts, "tuned": [*others, entry]})
+    checkpoint.write(checkpoint.model_file(run), tensors, {**facts, "tuned": [*others, entry]})

@@ -68,6 +68,7 @@ def models(
         return
     from rich.table import Table
 
+    from trilemma import checkpoint
     from trilemma.log import count
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -78,6 +79,9 @@ def models(
         told = f"{row['summary']}\n[dim]{row['paper']}[/]"
         table.add_row(row["name"], row["family"], count(row["parameters"]), needs, told)
     Console(highlight=False).print(table)
+    if recipes is None:
+        ready = ", ".join(f"trilemma sample {name}" for name in checkpoint.packaged_models())
+        screen.print(f"Trained and packaged, to draw from at once: {ready}")
 
 
 def _profile(recipes: list[str], size: int | None, as_json: bool) -> None:
@@ -189,7 +193,7 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pictures.")] = 64,
     seed: Seed = 0,
