@@ -190,6 +190,16 @@ def test_translations_have_the_shape_of_their_source():
     assert made.shape == image.shape and made.abs().max() <= 1
 
 
+def test_a_generator_with_a_skip_begins_at_its_image_and_learns():
+    image = torch.rand(2, 3, 12, 20) * 2.1 - 1.05  # black and white among the pixels
+    image.clamp_(-1, 1)
+    generator = Generator((3, 12, 20), channels=4, blocks=1, skip=True)
+    made = generator(image)
+    assert (made - image).abs().max() <= 0.0101
+    made.mean().backward()
+    assert generator.layers[-1].weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
