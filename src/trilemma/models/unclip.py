@@ -1,0 +1,297 @@
+"""unCLIP, the system of DALL-E 2: words -> CLIP's embedding of a picture -> the picture.
+
+Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents":
+
+    P(x | y) = P(x, z | y) = P(x | z, y) P(z | y)                                    (section 2)
+
+y being the words, x the picture and z CLIP's embedding of the picture. The *prior* draws z of words,
+the *decoder* draws pictures of z, and an upsampler enlarges them.
+
+The decoder is a `Diffusion` whose conditioner is `conditioning.ClipImage`, the upsampler one that
+draws from small pictures (`conditioning.Source`). Here are the two priors of section 2.2, and what
+joins the three:
+
+- `DiffusionPrior`: a `Diffusion` over `codecs.ClipEmbedding`. Of several z the one is kept whose
+  product with the text's embedding is the highest.
+- `AutoregressivePrior`: z turned onto its principal components, in the order of their variance, the
+  first K of which are kept; each is rounded to one of `bins` values, and a causal transformer says
+  them one by one after the words. (The paper also says the product of z with the text's embedding
+  first, and asks for high ones; here several are drawn and the best one kept, as above.)
+
+Neither is a generator of pictures: `draw` gives embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilemma.batch import Batch, Condition, Rng
+from trilemma.codecs import ClipEmbedding
+from trilemma.conditioning import ClipImage, ClipText, Conditioner, source_of
+from trilemma.model import Frozen, Losses, Model, Phase
+from trilemma.models.diffusion import Diffusion
+from trilemma.networks.transformer import Cache, CausalTransformer
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """Draws CLIP's embedding of a picture for words."""
+
+    def draw(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
+        """Draw unit embeddings (B, D) for the texts of a condition."""
+        ...
+
+
+class DiffusionPrior(Model):
+    """Draws embeddings by diffusion.
+
+    Args:
+        diffusion: over `codecs.ClipEmbedding`, its conditioner `conditioning.ClipText`.
+    """
+
+    def __init__(self, diffusion: Diffusion) -> None:
+        super().__init__()
+        if not isinstance(diffusion.codec, ClipEmbedding):
+            raise ValueError(
+                f"the prior's codec is {type(diffusion.codec).__name__}; expected "
+                "codecs.ClipEmbedding, for it draws embeddings"
+            )
+        self.diffusion = diffusion
+
+    def phases(self) -> list[Phase]:
+        """Return the one phase of diffusion."""
+        return self.diffusion.phases()
+
+    def draw(
+        self, condition: Condition, rng: Rng, *, candidates: int = 2, **options: Any
+    ) -> Tensor:
+        """Draw unit embeddings (B, D) for the texts of a condition.
+
+        Args:
+            condition: of B texts.
+            rng: one stream per text.
+            candidates: drawn for each, of which the nearest to the text's embedding is kept.
+            options: of the diffusion's `sample`.
+        """
+        drawn = [self.diffusion.sample(condition, rng, **options) for _ in range(candidates)]
+        return _nearest(drawn, _text_tower(self.diffusion.conditioner), condition)
+
+
+class AutoregressivePrior(Model):
+    """Draws an embedding's principal components one by one.
+
+    Args:
+        codec: CLIP's embeddings of pictures.
+        conditioner: reads the words.
+        network: over the sequence.
+        components: K, how many are kept; at most the embeddings' dimensions.
+        bins: values that a component is rounded to.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    reach: Tensor
+
+    def __init__(
+        self,
+        codec: ClipEmbedding,
+        conditioner: ClipText,
+        network: CausalTransformer,
+        components: int = 64,
+        bins: int = 256,
+    ) -> None:
+        super().__init__()
+        (dim,) = codec.shape
+        if not 1 <= components <= dim or bins < 2:
+            raise ValueError(
+                f"{components} components of {bins} values were asked for; expected 1 to {dim} "
+                "components, and at least 2 values"
+            )
+        self.codec, self.conditioner, self.network = codec, conditioner, network
+        self.components, self.bins = components, bins
+        width = network.width
+        self.word = nn.Linear(conditioner.words[1], width)
+        self.text = nn.Linear(dim, width)
+        self.value = nn.Embedding(bins, width)
+        self.order = nn.Embedding(components, width)
+        self.out = nn.Linear(width, bins)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("axes", torch.eye(dim)[:, :components].contiguous())
+        self.register_buffer("reach", torch.ones(components))
+
+    def phases(self) -> list[Phase]:
+        """Return the one phase: saying the components."""
+        parts = [self.conditioner, self.network, self.word, self.text]
+        return [Phase("prior", self.loss, [*parts, self.value, self.order, self.out])]
+
+    @torch.no_grad()
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Take the principal components of the embeddings of images (B, C, H, W) in [-1, 1].
+
+        Values of a component reach to four of its standard deviations.
+        """
+        z = torch.cat([self.codec.encode(image) for image in images]).double()
+        mean = z.mean(0)
+        variance, axes = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
+        axes = axes.flip(1)[:, : self.components]
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
+        self.reach.copy_(4 * variance.flip(0)[: self.components].clamp(min=1e-12).sqrt())
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Round embeddings z (B, D) to codes (B, K), int64 from 0 to bins - 1."""
+        share = ((z - self.mean) @ self.axes / self.reach + 1) / 2
+        return (share * self.bins).long().clamp(0, self.bins - 1)
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Return the embeddings (B, D) in the middle of what codes (B, K) stand for."""
+        share = (codes + 0.5) / self.bins
+        return ((2 * share - 1) * self.reach) @ self.axes.T + self.mean
+
+    def loss(self, batch: Batch) -> Losses:
+        """Return the mean negative log probability of a component, in nats."""
+        codes = self.codes(self.codec.encode(batch.image))
+        told = self._told(batch.condition, batch.rng)
+        before = self._said(codes[:, :-1], 0)
+        sequence = torch.cat([told, before], dim=1)
+        logits = self.out(self._features(sequence, 0)[:, told.shape[1] - 1 :])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        return {"loss": loss}
+
+    def draw(
+        self,
+        condition: Condition,
+        rng: Rng,
+        *,
+        candidates: int = 2,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw unit embeddings (B, D) for the texts of a condition.
+
+        Args:
+            condition: of B texts.
+            rng: one stream per text.
+            candidates: drawn for each, of which the nearest to the text's embedding is kept.
+            temperature: 1 draws as learned, towards 0 the likeliest.
+
+        Raises:
+            ValueError: a temperature of 0 or less.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; expected more than 0")
+        drawn = []
+        for _ in range(candidates):
+            part = self._told(condition, None)
+            count = part.shape[1]
+            cache = Cache(count + self.components)
+            codes: list[Tensor] = []
+            at = 0
+            for k in range(self.components):
+                features = self._features(part, at, cache)[:, -1]
+                at = cache.length
+                codes.append(rng.categorical(self.out(features).float() / temperature))
+                part = self._said(codes[-1][:, None], k)
+            drawn.append(self.codec.decode(self.from_codes(torch.stack(codes, dim=1))))
+        return _nearest(drawn, _text_tower(self.conditioner), condition)
+
+    def _told(self, condition: Condition, rng: Rng | None) -> Tensor:
+        """Return the words and the text's embedding as the sequence's beginning (B, T + 1, W)."""
+        embedded = self.conditioner(condition, rng)
+        assert embedded.tokens is not None and embedded.vector is not None
+        return torch.cat([self.word(embedded.tokens), self.text(embedded.vector)[:, None]], dim=1)
+
+    def _said(self, codes: Tensor, first: int) -> Tensor:
+        """Return codes (B, t) of the components from `first` on as positions (B, t, W)."""
+        order = torch.arange(first, first + codes.shape[1], device=codes.device)
+        return self.value(codes) + self.order(order)
+
+    def _features(self, sequence: Tensor, at: int, cache: Cache | None = None) -> Tensor:
+        place = torch.zeros(sequence.shape[1], 2, device=sequence.device)
+        place[:, 0] = torch.arange(at, at + sequence.shape[1], device=sequence.device)
+        return self.network(sequence, place, cache)
+
+
+class UnCLIP(Model):
+    """Prior, decoder and upsampler, joined: draws pictures of words.
+
+    Args:
+        prior: draws embeddings.
+        decoder: draws pictures of them.
+        upsampler: enlarges those; None leaves them as they are.
+    """
+
+    def __init__(self, prior: Frozen, decoder: Frozen, upsampler: Frozen | None = None) -> None:
+        super().__init__()
+        if not isinstance(prior.module, Prior):
+            raise ValueError(
+                f"the prior is a {type(prior.module).__name__}, which draws no embeddings; give "
+                "the run of a DiffusionPrior or an AutoregressivePrior"
+            )
+        if not isinstance(decoder.module, Diffusion) or not isinstance(
+            image_part(decoder.module.conditioner), ClipImage
+        ):
+            raise ValueError(
+                f"the decoder is a {type(decoder.module).__name__} that draws no embeddings' "
+                "pictures; give the run of a Diffusion whose conditioner is ClipImage"
+            )
+        if upsampler is not None and not (
+            isinstance(upsampler.module, Diffusion) and source_of(upsampler.module.conditioner)
+        ):
+            raise ValueError(
+                f"the upsampler is a {type(upsampler.module).__name__} that enlarges nothing; "
+                "give the run of super-resolution"
+            )
+        self.prior, self.decoder, self.upsampler = prior, decoder, upsampler
+
+    def phases(self) -> list[Phase]:
+        """Return none: its parts have been trained."""
+        return []
+
+    def sample(
+        self,
+        condition: Condition,
+        rng: Rng,
+        *,
+        guidance: float = 2.0,
+        steps: int = 20,
+        prior_guidance: float = 2.0,
+        prior_steps: int = 20,
+        candidates: int = 2,
+        upsampler_steps: int = 10,
+        direct: bool = False,
+    ) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1] of the texts, or embeddings, of a condition.
+
+        Args:
+            condition: of B texts; where it has embeddings, the prior is not asked.
+            rng: one stream per image.
+            guidance: of the decoder.
+            steps: of the decoder.
+            prior_guidance: of a diffusion prior.
+            prior_steps: of a diffusion prior.
+            candidates: of the prior.
+            upsampler_steps: of the upsampler.
+            direct: decode the text's own embedding, without a prior (the paper's comparison,
+                section 5.1).
+        """
+        z = condition.embedding
+        if z is None and direct:
+            z = _text_tower(self.prior.module)(condition)
+        if z is None:
+            options: dict[str, Any] = {"candidates": candidates}
+            if isinstance(self.prior.module, DiffusionPrior):
+                options |= {"guidance": prior_guidance, "steps": prior_steps}
+            z = self.prior.module.draw(condition, rng, **options)
+        told = replace(condition, embedding=z)
+        image = self.decoder.module.sample(told, rng, guidance=guidance, steps=steps)
+        if self.upsampler is None:
+            return image
+        told = Condition(len(image), source=image)
+        return self.upsampler.module.sample(told, rng, steps=upsampler_steps)
