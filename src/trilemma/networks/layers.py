@@ -18,11 +18,13 @@ class Embedded:
         vector: (B, D), joined to the time embedding.
         tokens: (B, T, D), a sequence to attend to.
         image: (B, C, H, W), concatenated to the input.
+        mask: (B, T), true for the tokens that say something; all do if None.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     image: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def sinusoidal(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -59,6 +61,20 @@ def check_shape(what: str, tensor: Tensor, *shape: int) -> None:
         raise ValueError(
             f"{what} of shape {tuple(tensor.shape)} were given; "
             f"expected (B, {', '.join(map(str, shape))})"
+        )
+
+
+def check_tokens(embedded: Embedded, crosses: bool) -> None:
+    """Raise ValueError when there are tokens and nothing attends to them, or the other way round.
+
+    A network that does not read what it is told would learn to ignore it, and nobody would know.
+    """
+    if (embedded.tokens is not None) != crosses:
+        raise ValueError(
+            "the network attends to tokens, and the conditioner makes none; use conditioning.Text"
+            if crosses
+            else "the conditioner makes tokens, and the network does not attend to them: give it "
+            "cross = true"
         )
 
 
@@ -167,6 +183,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B, heads, N, N)
         return weights @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class CrossAttention(nn.Module):
+    """Attention of places x (B, N, width) to tokens (B, T, D).
+
+    Args:
+        width: of the places.
+        dim: D, of the tokens.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(dim, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B, N, width) to the same; tokens where mask (B, T) is false are not seen."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        return self.out(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
