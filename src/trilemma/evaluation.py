@@ -8,7 +8,7 @@ both sides and the real images chosen. All that is stored beside the scores as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,7 @@ def _draw(
         disable=not screen.is_terminal,
     )
     images = torch.cat(list(batches))
-    chosen = {key: value for key, value in options.items() if key not in ("batch", "label")}
+    chosen = {key: value for key, value in options.items() if key not in ("batch", "label", "text")}
     label, labelled = options.get("label"), trained.conditional or options.get("classifier")
     sampling = {
         "recipe": trained.name,
@@ -326,7 +326,16 @@ def _draw(
         "seeds": [seed, seed + n - 1],
         "labels": ("in turn" if label is None else label) if labelled else None,
     }
+    if trained.reads:
+        sampling["texts"] = _asked(trained, options.get("text"))
     return images, sampling | trained.options(chosen), cost
+
+
+def _asked(trained: Trained, text: str | Sequence[str] | None) -> str:
+    """Say which texts a model is asked for."""
+    if text is None:
+        return f"{len(trained.data.get('captions', []))} captions of training pictures in turn"
+    return text if isinstance(text, str) else f"{len(text)} given, in turn"
 
 
 def _real(

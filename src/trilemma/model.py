@@ -171,6 +171,19 @@ class TellsClasses(Protocol):
 
 
 @runtime_checkable
+class Likens(Protocol):
+    """Maps pictures and texts to unit vectors of one space: CLIP."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to unit vectors (B, D)."""
+        ...
+
+    def encode_text(self, text: list[str]) -> Tensor:
+        """Map B texts to unit vectors (B, D)."""
+        ...
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A part of a model that takes a measure of the data, once, before training begins."""
 

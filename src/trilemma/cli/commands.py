@@ -28,6 +28,7 @@ from trilemma.cli.shared import (
     app,
     data_app,
     duration,
+    lines,
     number,
     numbers,
     options,
@@ -191,7 +192,12 @@ def train(
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pictures.")] = 64,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", min=1, help="How many.", show_default="64; 16 of a text, 1 of each of several"
+        ),
+    ] = None,
     seed: Seed = 0,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
@@ -201,6 +207,16 @@ def sample(
         typer.Option(
             help="Attributes to have, no others: Smiling,Male.", show_default="as in the data"
         ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw, of a model of captions; several: in turn."),
+    ] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(help="The same from a file, one text a line.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What not to draw; with a guidance above 1.")
     ] = None,
     steps: Steps = None,
     solver: Solver = None,
@@ -220,6 +236,13 @@ def sample(
         str | None, typer.Option(metavar="RUN", help="Guide by a run of the recipe classifier.")
     ] = None,
     classifier_scale: Annotated[
+        float | None, typer.Option(help="Strength of that.", show_default="1")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Guide towards --text by a run of the recipe clip."),
+    ] = None,
+    clip_scale: Annotated[
         float | None, typer.Option(help="Strength of that.", show_default="1")
     ] = None,
     guide: Annotated[
@@ -250,6 +273,9 @@ def sample(
         "classifier_scale": classifier_scale,
         "guide": guide,
         "guide_scale": guide_scale,
+        "negative": negative,
+        "clip": clip,
+        "clip_scale": clip_scale,
         **options(option or []),
     }
     from rich.progress import track
@@ -259,6 +285,11 @@ def sample(
     trained = sampling.load(run, device)
     if attributes is not None:
         chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
+    if text or text_file is not None:
+        chosen["text"] = [*(text or []), *(lines(text_file) if text_file else [])]
+        if n is None and len(chosen["text"]) > 1:
+            n = len(chosen["text"])
+    n = n or (64 if "text" not in chosen else 16)
     paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
