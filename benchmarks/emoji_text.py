@@ -20,7 +20,6 @@ all pictures. Captions of a picture are a list under `text` in `metadata.jsonl`.
 from __future__ import annotations
 
 import argparse
-import colorsys
 import hashlib
 import io
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 
 from trilemma.data.named import PACKAGED
@@ -51,16 +51,8 @@ def share_of(text: str) -> float:
 
 def hue_saturation_value(drawing: np.ndarray) -> np.ndarray:
     """Return (3, pixels): degrees, and two numbers in [0, 1], of RGBA (H, W, 4) where it is solid."""
-    solid = drawing[drawing[:, :, 3] > 128][:, :3] / 255.0
-    value, least = solid.max(1), solid.min(1)
-    spread = np.where(value > least, value - least, 1.0)
-    red, green, blue = solid.T
-    hue = np.select(
-        [value == least, value == red, value == green],
-        [0.0, (green - blue) / spread, 2 + (blue - red) / spread],
-        4 + (red - green) / spread,
-    )
-    return np.stack([hue * 60 % 360, (value - least) / np.maximum(value, 1e-6), value])
+    solid = rgb_to_hsv(drawing[drawing[:, :, 3] > 128][:, :3] / 255)
+    return solid.T * [[360], [1], [1]]
 
 
 def colours_of(drawing: np.ndarray) -> list[str]:
@@ -102,16 +94,15 @@ def main_hue(drawing: np.ndarray) -> float | None:
 
 def recoloured(drawing: np.ndarray, hue: float, colour: str) -> np.ndarray:
     """Return an RGBA drawing whose parts near a hue are of another colour."""
+    h, s, v = np.moveaxis(rgb_to_hsv(drawing[:, :, :3] / 255), 2, 0)
+    chosen = (s > 0.15) & (np.abs((h * 360 - hue + 180) % 360 - 180) <= NEAR)
+    if colour == "pink":
+        s, v = 0.55 * s, np.minimum(1, 1.15 * v)
+    elif colour in ("blue", "purple", "green"):
+        v = 0.9 * v
+    other = hsv_to_rgb(np.stack([np.full_like(h, HUES[colour] / 360), s, v], 2))
     made = drawing.copy()
-    for y, x in np.argwhere(drawing[:, :, 3] > 0):
-        h, s, v = colorsys.rgb_to_hsv(*(drawing[y, x, :3] / 255.0))
-        if s < 0.15 or abs((h * 360 - hue + 180) % 360 - 180) > NEAR:
-            continue
-        if colour == "pink":
-            s, v = 0.55 * s, min(1.0, 1.15 * v)
-        elif colour in ("blue", "purple", "green"):
-            v = 0.9 * v
-        made[y, x, :3] = np.round(255 * np.array(colorsys.hsv_to_rgb(HUES[colour] / 360, s, v)))
+    made[chosen, :3] = np.round(255 * other[chosen])
     return made
 
 

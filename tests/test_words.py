@@ -170,7 +170,10 @@ def test_pretrained_encoders_are_read_and_their_features_kept(tmp_path):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    config = transformers.BertConfig(7, 16, 1, 2, 32, max_position_embeddings=16)
+    config = transformers.BertConfig(
+        vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16,
+    )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path)
     part = Text(DIM, Pretrained(str(tmp_path), context=6))
     made = part(Condition(2, text=["red apple", "red"]))
