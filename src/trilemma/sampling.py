@@ -17,7 +17,7 @@ from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, HasOwnOptions, Model, TellsClasses
+from trilemma.model import Generator, HasOwnOptions, Matches, Model, TellsClasses
 
 GUIDANCE = {
     "guidance": "scale",
@@ -95,6 +95,11 @@ class Trained:
         return isinstance(self.model, TellsClasses)
 
     @property
+    def matches(self) -> bool:
+        """Whether the model tells which pictures and texts belong together, and draws nothing."""
+        return isinstance(self.model, Matches)
+
+    @property
     def draws(self) -> bool:
         """Whether the model draws pictures of its own."""
         given = self.translates or self.enlarges or self.repairs
@@ -107,6 +112,11 @@ class Trained:
             raise UserError(
                 f"{self.name} draws no pictures: it tells classes, and guides a diffusion model "
                 f"with trilemma sample RUN --classifier {self.path} --out DIR"
+            )
+        if self.matches:
+            raise UserError(
+                f"{self.name} draws no pictures: it tells which go with which words, with "
+                f"trilemma search {self.path} PICTURES --text WORDS"
             )
         if not isinstance(self.model, Generator):
             raise UserError(
