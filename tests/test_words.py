@@ -264,10 +264,10 @@ def test_models_and_data_without_words_are_told_apart(tmp_path):
 class Colours(nn.Module):
     """Stands for CLIP: a picture is its mean colour, a text one of three."""
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def embed_images(self, image: Tensor) -> Tensor:
         return nn.functional.normalize(image.mean((2, 3)) + 1.01, dim=1)
 
-    def encode_text(self, text: list[str]) -> Tensor:
+    def embed_texts(self, text: list[str]) -> Tensor:
         return torch.eye(3)[[("red", "green", "blue").index(word) for word in text]]
 
 

@@ -51,9 +51,9 @@ def found(clip: Trained, images: torch.Tensor, texts: list[str], most: int) -> f
     different = list(dict.fromkeys(texts))
     own = torch.tensor([different.index(text) for text in texts])
     with torch.no_grad():
-        told = torch.cat([clip.model.encode_text(different[i : i + 128])
+        told = torch.cat([clip.model.embed_texts(different[i : i + 128])
                           for i in range(0, len(different), 128)])  # fmt: skip
-        seen = torch.cat([clip.model.encode_image(to_float(part)) for part in images.split(128)])
+        seen = torch.cat([clip.model.embed_images(to_float(part)) for part in images.split(128)])
     products = seen @ told.T
     better = products > products.gather(1, own[:, None])
     return (better.sum(1) < most).float().mean().item()

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trilemma import data as pictures
-from trilemma import device, sampling
+from trilemma import device, retrieval, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -80,6 +80,9 @@ def evaluate(
         device_name: where the feature network runs; None picks the fastest there is.
         **sample_options: options for the model's `sample`, and `label`.
 
+    Of a model that joins pictures and texts (`model.Matches`) it is measured how well they find each
+    other: `retrieval.evaluate`.
+
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
         `likelihood` if the model tells any, and without `bits` if at once: see `likelihood`;
@@ -90,8 +93,16 @@ def evaluate(
     """
     if n < 2:
         raise UserError(f"n is {n}; a distance needs at least 2 images")
-    see = extractor(features, device_name)
     what = _opened(what)
+    if isinstance(what, Trained) and what.matches:
+        if not isinstance(data, Dataset):
+            channels, size, _ = what.data["shape"]
+            captions = what.recipe.get("data", {}).get("captions", ())
+            data = pictures.load(
+                data, split=split, size=size, channels=channels, captions=captions
+            )
+        return retrieval.evaluate(what, data)
+    see = extractor(features, device_name)
     if bits and not (isinstance(what, Trained) and isinstance(what.model, HasLikelihood)):
         raise UserError("a likelihood was asked for and what draws tells none; leave it out")
     images, sampling, cost = _images(what, n, seed, sample_options)

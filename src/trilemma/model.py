@@ -171,14 +171,17 @@ class TellsClasses(Protocol):
 
 
 @runtime_checkable
-class Likens(Protocol):
-    """Maps pictures and texts to unit vectors of one space: CLIP."""
+class Matches(Protocol):
+    """Puts pictures and texts into one space, where those that belong together are near.
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    Draws nothing. Vectors are of unit length, so that their products are cosines.
+    """
+
+    def embed_images(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to unit vectors (B, D)."""
         ...
 
-    def encode_text(self, text: list[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Map B texts to unit vectors (B, D)."""
         ...
 

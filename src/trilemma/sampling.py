@@ -19,7 +19,7 @@ from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.conditioning import text_of
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, HasOwnOptions, Likens, Model, TellsClasses
+from trilemma.model import Generator, HasOwnOptions, Matches, Model, TellsClasses
 
 GUIDANCE = {
     "guidance": "scale",
@@ -106,6 +106,11 @@ class Trained:
         return isinstance(self.model, TellsClasses)
 
     @property
+    def matches(self) -> bool:
+        """Whether the model tells which pictures and texts belong together, and draws nothing."""
+        return isinstance(self.model, Matches)
+
+    @property
     def draws(self) -> bool:
         """Whether the model draws pictures of its own."""
         given = self.translates or self.enlarges or self.repairs
@@ -118,6 +123,11 @@ class Trained:
             raise UserError(
                 f"{self.name} draws no pictures: it tells classes, and guides a diffusion model "
                 f"with trilemma sample RUN --classifier {self.path} --out DIR"
+            )
+        if self.matches:
+            raise UserError(
+                f"{self.name} draws no pictures: it tells which go with which words, with "
+                f"trilemma search {self.path} PICTURES --text WORDS"
             )
         if not isinstance(self.model, Generator):
             raise UserError(
@@ -191,7 +201,7 @@ class Trained:
                     "train one on the same pictures"
                 )
         clip = opened.get("clip")
-        if clip is not None and not isinstance(clip.model, Likens):
+        if clip is not None and not clip.matches:
             raise UserError(
                 f"{clip.path} is a {clip.name}, which does not know how well a text fits a picture; "
                 "give a run of the recipe clip"

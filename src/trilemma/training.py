@@ -103,6 +103,7 @@ def train(
             size=size,
             multiple=asks.get("multiple", 1),
             tiles=bool(asks.get("tiles", False)),
+            captions=asks.get("captions", ()),
         )
     if asks.get("pair") == "unpaired" and (data.source is None or not len(data.source)):
         raise UserError(
@@ -387,7 +388,7 @@ def _give_up(run: Run, trouble: str) -> None:
 def _draw_grid(run: Run) -> None:
     """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
     trained = run.trained()
-    if trained.classifies:
+    if trained.classifies or trained.matches:
         return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,6 +147,14 @@ def train(
     images: Annotated[str | None, typer.Option(help="Or for so many images: 500k, 2M.")] = None,
     steps: Annotated[str | None, typer.Option(help="Or for so many steps: 20000.")] = None,
     seed: Seed = 0,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Write captions from what is known of each picture: --captions '{name} emoji'. "
+            "Several are told in turn.",
+        ),
+    ] = None,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run.")] = None,
@@ -155,6 +164,7 @@ def train(
     """Train a recipe on pictures."""
     from trilemma.training import train as run
 
+    asked_of_data = [f"data.captions={json.dumps(captions)}"] if captions else []
     trained = run(
         recipe,
         data,
@@ -164,7 +174,7 @@ def train(
         images=None if images is None else number(images),
         steps=None if steps is None else number(steps),
         seed=seed,
-        overrides=changes or (),
+        overrides=[*(changes or []), *asked_of_data],
         resume=resume,
         init=init,
         device_name=device,
@@ -183,9 +193,12 @@ def train(
             asked = f"edit repair {trained.path} PICTURES"
         elif trained.classifies:
             asked = f"sample DIFFUSION_RUN --classifier {trained.path}"
+        elif trained.matches:
+            asked = f"search {trained.path} PICTURES --text WORDS"
         elif not trained.draws:
             asked = f"edit reconstruct {trained.path} PICTURES"
-        screen.print(f"next: trilemma {asked} --out {trained.path}/pictures", soft_wrap=True)
+        where = "sheet.png" if trained.matches else "pictures"
+        screen.print(f"next: trilemma {asked} --out {trained.path}/{where}", soft_wrap=True)
 
 
 @app.command()
@@ -367,6 +380,39 @@ def upscale(
         say({"images": [str(path) for path in paths]})
     else:
         screen.print(f"{len(paths)} pictures in {out}")
+
+
+@app.command()
+def search(
+    run: Run,
+    pictures: Annotated[str, typer.Argument(help="A folder, zip or parquet file, or a named set.")],
+    text: Annotated[str | None, typer.Option(help="What to look for.", show_default=False)] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Or a picture to find the like of.", show_default=False)
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many to find.")] = 20,
+    out: Annotated[Path, typer.Option(help="The sheet of what was found.")] = Path("search.png"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find pictures by words, or by another picture, with a run of the recipe clip."""
+    from trilemma import retrieval, sampling
+
+    trained = sampling.load(run, device)
+    found, sheet, skipped = retrieval.search(
+        trained, pictures, text=text, image=image, n=n, progress=track
+    )
+    for name, reason in skipped.items():
+        screen.print(f"left out: {name}: {reason}", markup=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    if as_json:
+        rows = [{"picture": name, "cosine": cosine} for name, cosine in found]
+        say({"found": rows, "sheet": str(out)})
+        return
+    for name, cosine in found:
+        print(f"{cosine:8.3f}  {name}")
+    screen.print(f"the sheet of these is {out}")
 
 
 @app.command()

@@ -49,7 +49,7 @@ from trilemma.batch import Condition
 from trilemma.conditioning import text_of
 from trilemma.diffusion.resemblance import resemblance
 from trilemma.diffusion.schedules import Schedule
-from trilemma.model import Likens
+from trilemma.model import Matches
 from trilemma.networks.layers import Embedded
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Guidance:
     guide: Guide | None = None
     guide_scale: float = 1.0
     negative: str | None = None
-    clip: Likens | None = None
+    clip: Matches | None = None
     clip_scale: float = 1.0
     crops: int = 8
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trilemma.batch import Condition
-from trilemma.model import Likens
+from trilemma.model import Matches
 
 TEMPERATURE = 100.0
 SMALLEST = 0.5  # side of a crop, as a share of the picture's
 
 
-def resemblance(clip: Likens, condition: Condition, crops: int) -> Callable[[Tensor], Tensor]:
+def resemblance(clip: Matches, condition: Condition, crops: int) -> Callable[[Tensor], Tensor]:
     """Return how well pictures (B, C, H, W) in [-1, 1] fit the texts of a condition: (B,).
 
     The crops are other ones at each call, and the same for all pictures of it.
@@ -42,12 +42,12 @@ def resemblance(clip: Likens, condition: Condition, crops: int) -> Callable[[Ten
     if crops < 1:
         raise ValueError(f"crops is {crops}; expected at least 1")
     with torch.no_grad():
-        texts = clip.encode_text(condition.text)  # (B, D)
+        texts = clip.embed_texts(condition.text)  # (B, D)
     calls = count()
 
     def fit(images: Tensor) -> Tensor:
         views = cut(images, crops, next(calls))  # (K B, C, H, W)
-        seen = clip.encode_image(views).unflatten(0, (crops, len(images)))  # (K, B, D)
+        seen = clip.embed_images(views).unflatten(0, (crops, len(images)))  # (K, B, D)
         return TEMPERATURE * (seen * texts).sum(2).mean(0)
 
     return fit
