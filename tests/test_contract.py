@@ -28,9 +28,11 @@ DRAWING = [name for name in RECIPES if not any(other(name) for other in OTHERS)]
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory):
-    """The data for recipes by whether they translate: class folders, or two domains."""
+    """The data for recipes by whether they translate: class folders with captions, or two domains."""
     return {
-        False: load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all"),
+        False: load_data(
+            tiny.captions(tiny.pictures(tmp_path_factory.mktemp("pictures"))), split="all"
+        ),
         True: load_data(tiny.domains(tmp_path_factory.mktemp("domains")), split="train"),
     }
 

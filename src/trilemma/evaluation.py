@@ -8,7 +8,7 @@ both sides and the real images chosen. All that is stored beside the scores as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trilemma import data as pictures
-from trilemma import device, sampling
+from trilemma import device, retrieval, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -80,6 +80,9 @@ def evaluate(
         device_name: where the feature network runs; None picks the fastest there is.
         **sample_options: options for the model's `sample`, and `label`.
 
+    Of a model that joins pictures and texts (`model.Matches`) it is measured how well they find each
+    other: `retrieval.evaluate`.
+
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
         `likelihood` if the model tells any, and without `bits` if at once: see `likelihood`;
@@ -90,8 +93,16 @@ def evaluate(
     """
     if n < 2:
         raise UserError(f"n is {n}; a distance needs at least 2 images")
-    see = extractor(features, device_name)
     what = _opened(what)
+    if isinstance(what, Trained) and what.matches:
+        if not isinstance(data, Dataset):
+            channels, size, _ = what.data["shape"]
+            captions = what.recipe.get("data", {}).get("captions", ())
+            data = pictures.load(
+                data, split=split, size=size, channels=channels, captions=captions
+            )
+        return retrieval.evaluate(what, data)
+    see = extractor(features, device_name)
     if bits and not (isinstance(what, Trained) and isinstance(what.model, HasLikelihood)):
         raise UserError("a likelihood was asked for and what draws tells none; leave it out")
     images, sampling, cost = _images(what, n, seed, sample_options)
@@ -318,7 +329,7 @@ def _draw(
         disable=not screen.is_terminal,
     )
     images = torch.cat(list(batches))
-    chosen = {key: value for key, value in options.items() if key not in ("batch", "label")}
+    chosen = {key: value for key, value in options.items() if key not in ("batch", "label", "text")}
     label, labelled = options.get("label"), trained.conditional or options.get("classifier")
     sampling = {
         "recipe": trained.name,
@@ -326,7 +337,16 @@ def _draw(
         "seeds": [seed, seed + n - 1],
         "labels": ("in turn" if label is None else label) if labelled else None,
     }
+    if trained.reads:
+        sampling["texts"] = _asked(trained, options.get("text"))
     return images, sampling | trained.options(chosen), cost
+
+
+def _asked(trained: Trained, text: str | Sequence[str] | None) -> str:
+    """Say which texts a model is asked for."""
+    if text is None:
+        return f"{len(trained.data.get('captions', []))} captions of training pictures in turn"
+    return text if isinstance(text, str) else f"{len(text)} given, in turn"
 
 
 def _real(

@@ -171,6 +171,22 @@ class TellsClasses(Protocol):
 
 
 @runtime_checkable
+class Matches(Protocol):
+    """Puts pictures and texts into one space, where those that belong together are near.
+
+    Draws nothing. Vectors are of unit length, so that their products are cosines.
+    """
+
+    def embed_images(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to unit vectors (B, D)."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Map B texts to unit vectors (B, D)."""
+        ...
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A part of a model that takes a measure of the data, once, before training begins."""
 

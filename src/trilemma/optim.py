@@ -23,12 +23,15 @@ from torch import Tensor
 from trilemma import device
 
 NARROWEST = 16  # a matrix with fewer rows or columns has no directions to even out
+TABLE = 16_384  # a matrix of so many rows is a vocabulary, whose rows are each for themselves
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and convolution filters, AdamW for biases, gains and narrow matrices.
+    """Muon for matrices and convolution filters, AdamW for the rest.
+
+    The rest are biases, gains, narrow matrices and the vectors of a vocabulary.
 
     A filter (out, in, height, width) is the matrix (out, height * width * in): the order of a
     filter's columns changes nothing, and this one is that of a channels-last filter in memory.
@@ -54,7 +57,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         params = list(params)
-        wide = [p for p in params if p.ndim > 1 and min(p.flatten(1).shape) >= NARROWEST]
+        wide = [
+            p
+            for p in params
+            if p.ndim > 1 and min(p.flatten(1).shape) >= NARROWEST and len(p) < TABLE
+        ]
         chosen = {id(p) for p in wide}
         rest = [p for p in params if id(p) not in chosen]
         groups: list[dict[str, Any]] = [

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
 from torch import Tensor
 
 from trilemma import __version__, checkpoint, device, recipe
+from trilemma.conditioning import text_of
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.model import Model, Phase
@@ -36,6 +38,7 @@ class Run:
         out: the run folder.
         rank: this process; the first writes the files.
         attribute_shares: share of the training pictures that has each attribute.
+        captions: some of the pictures', where the model reads them.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Run:
         self.seed = spec["run"]["seed"]
         have = data.attributes
         self.attribute_shares = [] if have is None else have.mean(0).tolist()
+        self.captions = captions(data) if text_of(model) is not None else []
         spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
         try:
@@ -112,6 +116,7 @@ class Run:
             "label_names": data.label_names,
             "attribute_names": data.attribute_names,
             "attribute_shares": self.attribute_shares,
+            "captions": self.captions,
         }
 
     def write_recipe(self) -> None:
@@ -179,6 +184,13 @@ class Run:
         if keep_length:
             self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
             self.length = Length(**self.spec["run"]["length"])
+
+
+def captions(data: Dataset, most: int = 100) -> list[str]:
+    """Return the captions of some pictures from all over the data, the same each time."""
+    rows = np.linspace(0, len(data) - 1, min(len(data), most)).astype(np.int64)
+    told = data.condition(rows).text or []
+    return list(dict.fromkeys(text for text in told if text))
 
 
 def start_from(model: Model, other: Model, where: str) -> None:

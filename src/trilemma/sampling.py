@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
+from trilemma.conditioning import text_of
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, HasOwnOptions, Model, TellsClasses
+from trilemma.model import Generator, HasOwnOptions, Matches, Model, TellsClasses
 
 GUIDANCE = {
     "guidance": "scale",
@@ -28,9 +30,13 @@ GUIDANCE = {
     "classifier_scale": "classifier_scale",
     "guide": "guide",
     "guide_scale": "guide_scale",
+    "negative": "negative",
+    "clip": "clip",
+    "clip_scale": "clip_scale",
+    "crops": "crops",
 }
-"""The options that guide, and what each is of a `Guidance`. `guide_with` and `classifier` are runs,
-by path or loaded; `guide` is a function, by module:function or itself."""
+"""The options that guide, and what each is of a `Guidance`. `guide_with`, `classifier` and `clip` are
+runs, by path or loaded; `guide` is a function, by module:function or itself."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Trained:
 
         Never a function or another run: a recipe may come with a checkpoint from elsewhere.
         """
-        left = {"guide", "guide_with", "classifier"}
-        if not (self.conditional or recipe.find(self.recipe["model"], "attributes")):
+        left = {"guide", "guide_with", "classifier", "clip"}
+        if not (self.conditional or self.reads or recipe.find(self.recipe["model"], "attributes")):
             left |= {"guidance", "guidance_interval", "guidance_rescale"}
         return {k: v for k, v in self.recipe.get("sample", {}).items() if k not in left}
 
@@ -73,6 +79,11 @@ class Trained:
     def conditional(self) -> bool:
         """Whether the model was trained with class labels."""
         return bool(recipe.find(self.recipe["model"], "classes"))
+
+    @property
+    def reads(self) -> bool:
+        """Whether the model draws by texts."""
+        return text_of(self.model) is not None
 
     @property
     def translates(self) -> bool:
@@ -95,6 +106,11 @@ class Trained:
         return isinstance(self.model, TellsClasses)
 
     @property
+    def matches(self) -> bool:
+        """Whether the model tells which pictures and texts belong together, and draws nothing."""
+        return isinstance(self.model, Matches)
+
+    @property
     def draws(self) -> bool:
         """Whether the model draws pictures of its own."""
         given = self.translates or self.enlarges or self.repairs
@@ -107,6 +123,11 @@ class Trained:
             raise UserError(
                 f"{self.name} draws no pictures: it tells classes, and guides a diffusion model "
                 f"with trilemma sample RUN --classifier {self.path} --out DIR"
+            )
+        if self.matches:
+            raise UserError(
+                f"{self.name} draws no pictures: it tells which go with which words, with "
+                f"trilemma search {self.path} PICTURES --text WORDS"
             )
         if not isinstance(self.model, Generator):
             raise UserError(
@@ -162,7 +183,7 @@ class Trained:
             UserError: there is no such run or function, or the run is not of the kind needed.
         """
         opened = dict(given)
-        for name in ("guide_with", "classifier"):
+        for name in ("guide_with", "classifier", "clip"):
             if isinstance(opened.get(name), str | Path):
                 where = next(self.model.parameters()).device
                 opened[name] = load(opened[name], where.type)
@@ -179,6 +200,17 @@ class Trained:
                     f"the classifier knows {', '.join(theirs)} and the model {', '.join(ours)}; "
                     "train one on the same pictures"
                 )
+        clip = opened.get("clip")
+        if clip is not None and not clip.matches:
+            raise UserError(
+                f"{clip.path} is a {clip.name}, which does not know how well a text fits a picture; "
+                "give a run of the recipe clip"
+            )
+        if clip is not None and clip.data["shape"] != self.data["shape"]:
+            raise UserError(
+                f"{clip.path} sees pictures of {clip.data['shape']} and {self.name} draws "
+                f"{self.data['shape']}; train one at the other's --size"
+            )
         weaker = opened.get("guide_with")
         if weaker is not None and type(weaker.model) is not type(self.model):
             raise UserError(
@@ -242,6 +274,41 @@ class Trained:
         chosen = torch.tensor([float(name in names) for name in known], device=rng.device)
         return chosen.expand(len(rng), -1)
 
+    def texts(
+        self, n: int, text: str | Sequence[str] | None, judge: Trained | None = None
+    ) -> list[str] | None:
+        """Return n texts: those given in turn, or some of the training captions when None.
+
+        They may be for `judge` alone, the run of CLIP that guides.
+
+        Raises:
+            UserError: the model reads no texts, or there are none.
+        """
+        if text is None and judge is not None:
+            raise UserError("guidance by CLIP goes towards a text: say --text, or text=")
+        if not self.reads and judge is None:
+            if text is None:
+                return None
+            takes = [
+                what
+                for what, known in (
+                    ("a label", self.conditional),
+                    ("attributes", recipe.find(self.recipe["model"], "attributes")),
+                )
+                if known
+            ]
+            raise UserError(
+                f"{self.name} was trained without captions and reads no text; "
+                + (f"it takes {' and '.join(takes)}" if takes else "leave the text out")
+                + "; a run of the recipe clip can guide it towards one (--clip)"
+            )
+        given = [text] if isinstance(text, str) else text
+        if given is None:
+            given = self.data.get("captions") or [""]
+        if not given:
+            raise UserError("an empty list of texts was given; expected at least one")
+        return [given[i % len(given)] for i in range(n)]
+
     def batches(
         self,
         n: int,
@@ -249,6 +316,7 @@ class Trained:
         seed: int = 0,
         label: str | int | None = None,
         attributes: Sequence[str] | None = None,
+        text: str | Sequence[str] | None = None,
         batch: int = 128,
         **options: Any,
     ) -> Iterator[Tensor]:
@@ -257,8 +325,8 @@ class Trained:
         Image i draws from the stream of seed + i: it does not depend on `n` or `batch`.
 
         Raises:
-            UserError: an unknown option, class or attribute; `n` or `batch` below 1; a model that
-                translates or enlarges.
+            UserError: an unknown option, class or attribute; text for a model that reads none; `n`
+                or `batch` below 1; a model that translates or enlarges.
         """
         if self.translates:
             raise UserError(
@@ -280,16 +348,18 @@ class Trained:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
         options = self.opened(options)
         labels = self.labels(n, label, options.get("classifier"))
+        texts = self.texts(n, text, options.get("clip"))
         chosen = self.arguments({**self.options(options), **options})
         where = next(self.model.parameters()).device
         dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
-        by_gradients = any(options.get(name) is not None for name in ("guide", "classifier"))
+        by_gradients = any(options.get(name) is not None for name in ("guide", "classifier", "clip"))
         without = torch.no_grad if by_gradients else torch.inference_mode
         for start in range(0, n, batch):
             count = min(batch, n - start)
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
-            condition = Condition(count, part, self.attributes(rng, attributes))
+            said = None if texts is None else texts[start : start + count]
+            condition = Condition(count, part, self.attributes(rng, attributes), said)
             with without(), device.autocast(dtype, where):
                 images = self.generator.sample(condition, rng, **chosen)
             if not images.isfinite().all():
@@ -302,7 +372,7 @@ class Trained:
         guiding = {GUIDANCE[name]: given.pop(name) for name in GUIDANCE if name in given}
         if guiding.keys() <= {"scale"}:
             return {**given, "guidance": guiding["scale"]} if guiding else given
-        for name in ("weaker", "classifier"):
+        for name in ("weaker", "classifier", "clip"):
             if name in guiding:
                 guiding[name] = guiding[name].model
         return given | {"guidance": Guidance(**guiding)}
@@ -314,11 +384,12 @@ class Trained:
         seed: int = 0,
         label: str | int | None = None,
         attributes: Sequence[str] | None = None,
+        text: str | Sequence[str] | None = None,
         batch: int = 128,
         **options: Any,
     ) -> Tensor:
         """Draw `n` images, uint8 (n, C, H, W) on the CPU; arguments and errors as `batches`."""
-        asked: dict[str, Any] = {"label": label, "attributes": attributes, **options}
+        asked: dict[str, Any] = {"label": label, "attributes": attributes, "text": text, **options}
         return torch.cat(list(self.batches(n, seed=seed, batch=batch, **asked)))
 
 
@@ -365,6 +436,31 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
     return to_pil(sheet)
 
 
+def captioned(
+    images: Tensor, texts: Sequence[str], columns: int | None = None, least: int = 96
+) -> Image.Image:
+    """Lay out uint8 (N, C, H, W) images in rows on white, each over its text.
+
+    Small pictures are enlarged by a whole factor to `least` pixels or more, so that there is room
+    for words.
+    """
+    n, _, height, width = images.shape
+    columns = min(n, columns or int(n**0.5 + 0.999))
+    factor = max(1, -(-least // width))
+    height, width = factor * height, factor * width
+    font = ImageFont.load_default(10)
+    lines = [textwrap.wrap(text, max(8, width // 6))[:3] for text in texts]
+    below = 12 * max(map(len, lines), default=0) + 6
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (width + 8), rows * (height + below + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        left, top = i % columns * (width + 8) + 4, i // columns * (height + below + 4)
+        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height + 2), "\n".join(lines[i]), "black", font, spacing=2)
+    return sheet
+
+
 def save(
     trained: Trained,
     n: int,
@@ -373,6 +469,7 @@ def save(
     seed: int = 0,
     label: str | int | None = None,
     attributes: Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
     batch: int = 128,
     **options: Any,
 ) -> Iterator[Path]:
@@ -391,11 +488,12 @@ def save(
     chosen, judge = trained.options(options), options.get("classifier")
     labels = trained.labels(n, label, judge)
     has = trained.attributes(Rng(range(seed, seed + n)), attributes)
+    texts = trained.texts(n, text, options.get("clip"))
     names, traits = (judge or trained).data["label_names"], trained.data["attribute_names"]
     kept: list[Tensor] = []
     digits = max(5, len(str(n - 1)))
     index = 0
-    asked: dict[str, Any] = {"label": label, "attributes": attributes, **options}
+    asked: dict[str, Any] = {"label": label, "attributes": attributes, "text": text, **options}
     for images in trained.batches(n, seed=seed, batch=batch, **asked):
         out.mkdir(parents=True, exist_ok=True)
         for image in images:
@@ -405,6 +503,7 @@ def save(
                 "attributes": None
                 if has is None
                 else [name for name, bit in zip(traits, has[index], strict=True) if bit],
+                "text": None if texts is None else texts[index],
                 "sample": chosen,
                 "recipe": trained.recipe,
                 "progress": trained.progress,
@@ -416,8 +515,14 @@ def save(
             index += 1
             yield path
     sheet = {"seed": seed, "count": n, "sample": chosen, "recipe": trained.recipe}
-    columns = 10 if labels is not None and len(kept) >= 10 else None
-    grid(torch.stack(kept), columns).save(out / "grid.png", pnginfo=_metadata(trained, sheet))
+    if texts is None:
+        columns = 10 if labels is not None and len(kept) >= 10 else None
+        picture = grid(torch.stack(kept), columns)
+    else:
+        different = len(dict.fromkeys(texts))
+        columns = different if 1 < different <= 10 else None
+        picture = captioned(torch.stack(kept), texts[: len(kept)], columns)
+    picture.save(out / "grid.png", pnginfo=_metadata(trained, sheet))
     yield out / "grid.png"
 
 
@@ -442,5 +547,8 @@ def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo
         "Model": trained.name,
     }
     line = ", ".join(f"{key}: {value}" for key, value in said.items() if value is not None)
-    info.add_text("parameters", f"{facts.get('label') or ''}\n{line}")
+    asked = ", ".join(part for part in (facts.get("label"), facts.get("text")) if part)
+    negative = facts["sample"].get("negative")
+    away = f"\nNegative prompt: {negative}" if negative else ""
+    info.add_text("parameters", f"{asked}{away}\n{line}")
     return info

@@ -34,6 +34,7 @@ from trilemma import (
     upscale,
 )
 from trilemma.batch import Batch, to_float
+from trilemma.conditioning import text_of
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -102,6 +103,7 @@ def train(
             size=size,
             multiple=asks.get("multiple", 1),
             tiles=bool(asks.get("tiles", False)),
+            captions=asks.get("captions", ()),
         )
     if asks.get("pair") == "unpaired" and (data.source is None or not len(data.source)):
         raise UserError(
@@ -131,6 +133,12 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
+    if text_of(model) is not None and not any(data.text or ()):
+        raise UserError(
+            f"{Path(name).stem} learns to draw by captions and {data.name} has none; expected "
+            "metadata.csv or metadata.jsonl beside the pictures, with file_name and text in every "
+            "row, or picture.txt beside picture.png; see trilemma data check"
+        )
     if init is not None:
         start_from(model, sampling.load(init, "cpu").model, str(init))
     if not resume:
@@ -380,7 +388,7 @@ def _give_up(run: Run, trouble: str) -> None:
 def _draw_grid(run: Run) -> None:
     """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
     trained = run.trained()
-    if trained.classifies:
+    if trained.classifies or trained.matches:
         return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
@@ -394,7 +402,12 @@ def _draw_grid(run: Run) -> None:
         sheet = edit.sheet(trained, run.data)
     else:
         n = 100 if trained.conditional else 64
-        sheet = sampling.grid(trained.sample(n), 10 if trained.conditional else 8)
+        columns, texts = (10 if trained.conditional else 8), trained.texts(n, None)
+        images = trained.sample(n)
+        if texts is not None:
+            sheet = sampling.captioned(images, texts, columns)
+        else:
+            sheet = sampling.grid(images, columns)
     sheet.save(folder / f"{run.progress.seen:09d}.png")
 
 

@@ -98,7 +98,8 @@ def _draw(trained: sampling.Trained, seeds: range, options: dict[str, Any]) -> T
     labels = trained.labels(len(seeds), None)
     rng = Rng(seeds, where)
     has = trained.attributes(rng, None)
-    condition = Condition(len(seeds), None if labels is None else labels.to(where), has)
+    told = None if labels is None else labels.to(where)
+    condition = Condition(len(seeds), told, has, trained.texts(len(seeds), None))
     with torch.inference_mode():
         return trained.generator.sample(condition, rng, **options)
 

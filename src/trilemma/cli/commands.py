@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from trilemma.cli.shared import (
     app,
     data_app,
     duration,
+    lines,
     number,
     numbers,
     options,
@@ -149,6 +151,14 @@ def train(
     images: Annotated[str | None, typer.Option(help="Or for so many images: 500k, 2M.")] = None,
     steps: Annotated[str | None, typer.Option(help="Or for so many steps: 20000.")] = None,
     seed: Seed = 0,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Write captions from what is known of each picture: --captions '{name} emoji'. "
+            "Several are told in turn.",
+        ),
+    ] = None,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run.")] = None,
@@ -158,6 +168,7 @@ def train(
     """Train a recipe on pictures."""
     from trilemma.training import train as run
 
+    asked_of_data = [f"data.captions={json.dumps(captions)}"] if captions else []
     trained = run(
         recipe,
         data,
@@ -167,7 +178,7 @@ def train(
         images=None if images is None else number(images),
         steps=None if steps is None else number(steps),
         seed=seed,
-        overrides=changes or (),
+        overrides=[*(changes or []), *asked_of_data],
         resume=resume,
         init=init,
         device_name=device,
@@ -186,16 +197,24 @@ def train(
             asked = f"edit repair {trained.path} PICTURES"
         elif trained.classifies:
             asked = f"sample DIFFUSION_RUN --classifier {trained.path}"
+        elif trained.matches:
+            asked = f"search {trained.path} PICTURES --text WORDS"
         elif not trained.draws:
             asked = f"edit reconstruct {trained.path} PICTURES"
-        screen.print(f"next: trilemma {asked} --out {trained.path}/pictures", soft_wrap=True)
+        where = "sheet.png" if trained.matches else "pictures"
+        screen.print(f"next: trilemma {asked} --out {trained.path}/{where}", soft_wrap=True)
 
 
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pictures.")] = 64,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", min=1, help="How many.", show_default="64; 16 of a text, 1 of each of several"
+        ),
+    ] = None,
     seed: Seed = 0,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
@@ -205,6 +224,16 @@ def sample(
         typer.Option(
             help="Attributes to have, no others: Smiling,Male.", show_default="as in the data"
         ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw, of a model of captions; several: in turn."),
+    ] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(help="The same from a file, one text a line.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What not to draw; with a guidance above 1.")
     ] = None,
     steps: Steps = None,
     solver: Solver = None,
@@ -224,6 +253,13 @@ def sample(
         str | None, typer.Option(metavar="RUN", help="Guide by a run of the recipe classifier.")
     ] = None,
     classifier_scale: Annotated[
+        float | None, typer.Option(help="Strength of that.", show_default="1")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Guide towards --text by a run of the recipe clip."),
+    ] = None,
+    clip_scale: Annotated[
         float | None, typer.Option(help="Strength of that.", show_default="1")
     ] = None,
     guide: Annotated[
@@ -254,6 +290,9 @@ def sample(
         "classifier_scale": classifier_scale,
         "guide": guide,
         "guide_scale": guide_scale,
+        "negative": negative,
+        "clip": clip,
+        "clip_scale": clip_scale,
         **options(option or []),
     }
     from rich.progress import track
@@ -263,6 +302,11 @@ def sample(
     trained = sampling.load(run, device)
     if attributes is not None:
         chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
+    if text or text_file is not None:
+        chosen["text"] = [*(text or []), *(lines(text_file) if text_file else [])]
+        if n is None and len(chosen["text"]) > 1:
+            n = len(chosen["text"])
+    n = n or (64 if "text" not in chosen else 16)
     paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
@@ -340,6 +384,39 @@ def upscale(
         say({"images": [str(path) for path in paths]})
     else:
         screen.print(f"{len(paths)} pictures in {out}")
+
+
+@app.command()
+def search(
+    run: Run,
+    pictures: Annotated[str, typer.Argument(help="A folder, zip or parquet file, or a named set.")],
+    text: Annotated[str | None, typer.Option(help="What to look for.", show_default=False)] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Or a picture to find the like of.", show_default=False)
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many to find.")] = 20,
+    out: Annotated[Path, typer.Option(help="The sheet of what was found.")] = Path("search.png"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find pictures by words, or by another picture, with a run of the recipe clip."""
+    from trilemma import retrieval, sampling
+
+    trained = sampling.load(run, device)
+    found, sheet, skipped = retrieval.search(
+        trained, pictures, text=text, image=image, n=n, progress=track
+    )
+    for name, reason in skipped.items():
+        screen.print(f"left out: {name}: {reason}", markup=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    if as_json:
+        rows = [{"picture": name, "cosine": cosine} for name, cosine in found]
+        say({"found": rows, "sheet": str(out)})
+        return
+    for name, cosine in found:
+        print(f"{cosine:8.3f}  {name}")
+    screen.print(f"the sheet of these is {out}")
 
 
 @app.command()

@@ -56,6 +56,15 @@ def numbers(text: str) -> list[float]:
         raise typer.BadParameter(f"'{text}': expected numbers such as 0.2,3") from None
 
 
+def lines(path: Path) -> list[str]:
+    """Read the lines of a text file that hold something."""
+    try:
+        read = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as text: {error}") from None
+    return [line.strip() for line in read if line.strip()]
+
+
 def upper_part(text: str) -> float:
     """Read `top`, or a share of the height such as `0.5`."""
     try:

@@ -38,13 +38,14 @@ def load(
     channels: int | None = None,
     background: str = "white",
     tiles: bool = False,
+    captions: Sequence[str] = (),
 ) -> Dataset:
     """Load pictures, decoded once and memory-mapped from then on.
 
     Args:
         source: a name (fashion, emoji, fashion-mnist, mnist, cifar10, celeba, hf:owner/name; the
             files of fashion-mnist, mnist, cifar10 and celeba may be given as NAME:FOLDER), or the
-            path of a folder or zip of pictures. A folder named as a data set is given as ./NAME.
+            path of a folder, zip or parquet file of pictures. A folder named as a data set is given as ./NAME.
         split: "train", "test" or "all". Pictures for validation are for testing where there are
             none for testing, and otherwise in "all" alone.
         size: side of the square pictures. None: their own size when all are squares of one size up
@@ -54,6 +55,8 @@ def load(
         background: what shows through transparent parts: a colour's name or #rrggbb.
         tiles: cut pictures into squares of `size` that do not overlap, and resize nothing. All of
             one picture are of one split; a picture smaller than that cannot be used.
+        captions: templates over what is known of each picture, "{name} emoji": see `captions`. They
+            take the place of the captions there are, which are `{text}`.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split is {split!r}; expected train, test or all")
@@ -66,7 +69,8 @@ def load(
     except ValueError:
         raise UserError(f"{background!r} is no colour; expected a name or #rrggbb") from None
     found = find(source)
-    folder = open_cache(found, Settings(size, multiple, channels, background, tiles))
+    settings = Settings(size, multiple, channels, background, tiles, tuple(captions))
+    folder = open_cache(found, settings)
     return _open(folder, str(source), split)
 
 
@@ -125,7 +129,10 @@ def _open(folder: Path, name: str, split: str) -> Dataset:
     images = array("images.npy", rows)
     assert images is not None
     label, attributes = array("label.npy", rows), array("attributes.npy", rows)
-    text = folder / "text.json"
+    file = folder / "text.json"
+    texts = json.loads(file.read_text())[rows] if file.exists() else None
+    several = texts is not None and any(isinstance(text, list) for text in texts)
+    captions = [text if isinstance(text, list) else [text] for text in texts or []]
     return Dataset(
         name=name,
         split=split,
@@ -135,7 +142,8 @@ def _open(folder: Path, name: str, split: str) -> Dataset:
         label_names=meta["label_names"],
         attributes=None if attributes is None else np.array(attributes),
         attribute_names=meta["attribute_names"],
-        text=json.loads(text.read_text())[rows] if text.exists() else None,
+        text=None if texts is None else [each[0] for each in captions],
+        captions=captions if several else None,
         source=array("source.npy", source_rows),
         skipped=meta["unusable"],
     )

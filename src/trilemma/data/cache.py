@@ -36,6 +36,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from trilemma.data.captions import compose
 from trilemma.data.decode import Header, decode, read_header, tiles
 from trilemma.data.listing import Item, Listing, Source, Unusable
 from trilemma.errors import UserError
@@ -56,6 +57,7 @@ class Settings:
     channels: int | None
     background: str
     tiles: bool = False
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def open_cache(source: Source, settings: Settings) -> Path:
 def _build(source: Source, settings: Settings, root: Path, index: Path) -> Path:
     (root / "index").mkdir(parents=True, exist_ok=True)
     listing = source.listing()
+    if settings.captions:
+        listing = compose(listing, settings.captions)
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         scanned, unusable = _scan(source, listing, pool)
@@ -134,7 +138,7 @@ def _scan(
     def look(item: Item) -> Scanned | str:
         try:
             content = source.read(item.path)
-            return Scanned(item, _digest(content), read_header(content))
+            return Scanned(item, digest_of(content), read_header(content))
         except Unusable as error:
             return str(error)
 
@@ -149,7 +153,8 @@ def _scan(
     return good, bad
 
 
-def _digest(content: bytes | np.ndarray) -> str:
+def digest_of(content: bytes | np.ndarray) -> str:
+    """Return the SHA-256 of a picture's file, or of its pixels."""
     raw = content if isinstance(content, bytes) else content.tobytes()
     return hashlib.sha256(raw).hexdigest()
 
@@ -208,6 +213,7 @@ def _key(
     for s in scanned:
         i = s.item
         line = [i.path, i.split, i.label, i.text, i.attributes, i.domain, s.digest]
+        line += [i.more] * bool(i.more)
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()[:32]
 
@@ -270,7 +276,8 @@ def _write(
     if listing.attribute_names:
         np.save(folder / "attributes.npy", np.array([r.attributes for r in rows], np.uint8))
     if any(row.text for row in rows):
-        (folder / "text.json").write_text(json.dumps([row.text for row in rows]))
+        texts = [[r.text, *r.more] if r.more else r.text for r in rows]
+        (folder / "text.json").write_text(json.dumps(texts))
     files = [
         {"path": one.item.path, "sha256": one.digest, "split": split, "label": one.item.label,
          "domain": one.item.domain, **asdict(one.header)}

@@ -7,9 +7,9 @@ pi_0, pi_1, pi_2, ... one after the other, so the picture at global position p i
     i(p) = pi_{p div N}(p mod N)
 
 h is SplitMix64's finaliser (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number
-Generators"). Flips and the seeds of the per-image random streams are hashes of (seed, p) too. So a
-run resumed at any position, or shared by any number of processes, sees exactly the pictures that
-an uninterrupted single process sees.
+Generators"). Flips, which of several captions is told, and the seeds of the per-image random
+streams are hashes of (seed, p) too. So a run resumed at any position, or shared by any number of
+processes, sees exactly the pictures that an uninterrupted single process sees.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from trilemma.batch import Batch, Condition, Rng, to_float
 
-_ORDER, _STREAM, _FLIP, _SOURCE_ORDER, _SOURCE_FLIP = range(1, 6)  # keeps the uses of h apart
+# These keep the uses of h apart.
+_ORDER, _STREAM, _FLIP, _SOURCE_ORDER, _SOURCE_FLIP, _CAPTION = range(1, 7)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Dataset:
         label_names: the classes.
         attributes: (N, A) uint8, 0 or 1, in the order of `attribute_names`, or None.
         attribute_names: the attributes.
-        text: N captions ("" where a picture has none), or None.
+        text: N captions ("" where a picture has none), the first of each picture, or None.
+        captions: all captions of each picture, where some have several; else None.
         source: (M, C, H, W) uint8, the unpaired pictures of the other domain, or None.
         skipped: the files that cannot be used, and why: path -> reason.
     """
@@ -55,6 +57,7 @@ class Dataset:
     text: list[str] | None = None
     source: np.ndarray | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    captions: list[list[str]] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,28 +74,36 @@ class Dataset:
         return torch.from_numpy(np.ascontiguousarray(self.images[rows]))
 
     def condition(self, indices: Sequence[int] | np.ndarray | Tensor | slice) -> Condition:
-        """Return what is known of the pictures at `indices`.
+        """Return what is known of the pictures at `indices`, of several captions the first.
 
         The pictures of an unpaired source domain belong to no picture in particular: picture i is
         given source i modulo their number.
         """
         rows = _rows(indices, len(self))
         source_rows = None if self.source is None else rows % len(self.source)
-        return self._condition(rows, source_rows, None)
+        return self._condition(rows, source_rows, None, None)
 
     def _condition(
-        self, rows: np.ndarray, source_rows: np.ndarray | None, source_flip: np.ndarray | None
+        self,
+        rows: np.ndarray,
+        source_rows: np.ndarray | None,
+        source_flip: np.ndarray | None,
+        caption: np.ndarray | None,
     ) -> Condition:
         source = None
         if self.source is not None and source_rows is not None:
             source = _floats(self.source, source_rows, source_flip)
+        text = None if self.text is None else [self.text[i] for i in rows]
+        if self.captions is not None and caption is not None:
+            choices = [self.captions[i] for i in rows]
+            text = [some[int(k) % len(some)] for some, k in zip(choices, caption, strict=True)]
         return Condition(
             count=len(rows),
             label=None if self.label is None else torch.from_numpy(self.label[rows]),
             attributes=None
             if self.attributes is None
             else torch.from_numpy(self.attributes[rows].astype(np.float32)),
-            text=None if self.text is None else [self.text[i] for i in rows],
+            text=text,
             source=source,
         )
 
@@ -131,12 +142,13 @@ def batches(
         positions = np.arange(first, first + share, dtype=np.int64)
         flips = _hash(seed, _FLIP, positions) >> np.uint64(63) == 1 if flip else None
         source_flips = _hash(seed, _SOURCE_FLIP, positions) >> np.uint64(63) == 1 if flip else None
+        captions = None if dataset.captions is None else _hash(seed, _CAPTION, positions)
         rows = order.at(positions)
         source_rows = None if source_order is None else source_order.at(positions)
         seeds = (_hash(seed, _STREAM, positions) >> np.uint64(1)).astype(np.int64)
         yield Batch(
             image=_floats(dataset.images, rows, flips),
-            condition=dataset._condition(rows, source_rows, source_flips),
+            condition=dataset._condition(rows, source_rows, source_flips, captions),
             seen=start,
             rng=Rng(torch.from_numpy(seeds)),
         )

@@ -7,6 +7,7 @@ splits are taken as they are named.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,32 +64,38 @@ class Hub:
         label = next((n for n in LABEL_COLUMNS if n in classes), classes[0] if classes else None)
         names = list(self._features[label].names) if label else []
         attributes = [n for n in self._kinds if getattr(self._features[n], "dtype", "") == "bool"]
-        items, unusable = [], {}
+        words = [n for n in self._kinds if _dtype(self._features[n]) == "string"]
+        items, unusable, said = [], {}, {}
         for split, rows in self._splits.items():
-            known = [c for c in (text, label, *attributes) if c]
-            columns = {name: rows[name] for name in known}
+            known = [c for c in (text, label, *attributes, *words) if c]
+            columns = {name: rows[name] for name in dict.fromkeys(known)}
             for number in range(len(rows)):
                 path = f"{split}/{number:08d}"
                 number_label = columns[label][number] if label else -1
                 if label and not (number_label is not None and 0 <= number_label < len(names)):
                     unusable[path] = f"no {label}"
                     continue
-                caption = columns[text][number] if text else ""
+                said[path] = {name: columns[name][number] for name in words}
+                caption = columns[text][number] if text else None
+                captions = caption if isinstance(caption, list) else [caption]
+                first, *more = [str(each) for each in captions if each] or [""]
                 items.append(
                     Item(
                         path=path,
                         split=SPLITS.get(split, "train"),
                         label=names[number_label] if label else None,
-                        text=str(caption[0] if isinstance(caption, list) else caption or ""),
+                        text=first,
                         attributes=tuple(int(bool(columns[a][number])) for a in attributes),
+                        more=tuple(more),
                     )
                 )
         if len(self._splits) == 1:  # a lone split says nothing: a part of it is kept for testing
-            items = [Item(i.path, "", i.label, i.text, i.attributes) for i in items]
+            items = [replace(item, split="") for item in items]
         kinds = [
             k for k, v in (("labels", label), ("captions", text), ("attributes", attributes)) if v
         ]
-        return Listing(" and ".join(kinds) or "unlabelled", items, names, attributes, unusable)
+        layout = " and ".join(kinds) or "unlabelled"
+        return Listing(layout, items, names, attributes, unusable, rows=said)
 
     def read(self, path: str) -> bytes:
         """Return one picture's file; raises Unusable."""
@@ -102,3 +109,9 @@ class Hub:
             return Path(cell["path"]).read_bytes()
         except OSError as error:
             raise Unusable(f"cannot be read: {error.strerror}") from None
+
+
+def _dtype(feature: Any) -> str:
+    """Return the type of a column's values, or of the entries of its lists."""
+    feature = getattr(feature, "feature", feature)
+    return str(getattr(feature, "dtype", ""))

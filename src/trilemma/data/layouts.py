@@ -6,7 +6,7 @@
 | splits | `train/`, with `valid/` or `test/` beside it or not: they name the split |
 | class folders | every picture lies in one of two or more folders: the first folder is its class |
 | tables | metadata.csv/jsonl/parquet, CelebA's lists, NVIDIA's dataset.json |
-| captions | `img.txt` or `img.caption` beside `img.png` |
+| captions | `img.txt` or `img.caption` beside `img.png`, a caption on each line |
 | unlabelled | anything else: every picture at any depth |
 
 Splits combine with everything; tables and captions combine with class folders, and a table has the
@@ -17,7 +17,10 @@ the pictures have it; those that lack it are not used.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from trilemma.data.listing import (
     METADATA_SUFFIXES,
@@ -40,12 +43,22 @@ from trilemma.data.metadata import (
     bit,
     read_facts,
 )
+from trilemma.data.table import Parquet
 from trilemma.errors import UserError
 
 _DOMAINS = {"trainA": ("train", "source"), "trainB": ("train", "image"),
             "validA": ("valid", "source"), "validB": ("valid", "image"),
             "valA": ("valid", "source"), "valB": ("valid", "image"),
             "testA": ("test", "source"), "testB": ("test", "image")}  # fmt: skip
+
+
+def recognise_rows(files: Parquet) -> Listing:
+    """Return the pictures of a table's rows and what the rows say."""
+    names = list(files.paths())
+    if not names:
+        raise UserError(f"no pictures in {files.place}: it has no rows")
+    facts = Facts(tables=[files.place.name], rows=files.rows)
+    return _combine(names, Listing("unlabelled", [Item(name) for name in names]), facts, {})
 
 
 def recognise(files: Files) -> Listing:
@@ -147,8 +160,8 @@ def _by_folder(pictures: list[str], root: str, folders_are_classes: bool) -> Lis
     return Listing("class folders" if classes else "unlabelled", items, names, notes=notes)
 
 
-def _captions(pictures: list[str], tables: set[str], files: Files) -> dict[str, str]:
-    """Return the captions in `img.txt` or `img.caption` beside the pictures."""
+def _captions(pictures: list[str], tables: set[str], files: Files) -> dict[str, list[str]]:
+    """Return the captions in `img.txt` or `img.caption` beside the pictures, one a line."""
     captions = {}
     for picture in pictures:
         stem = PurePosixPath(picture).with_suffix("")
@@ -159,12 +172,12 @@ def _captions(pictures: list[str], tables: set[str], files: Files) -> dict[str, 
                 text = files.read(found).decode("utf-8-sig", errors="replace")
             except Unusable:
                 continue
-            captions[picture] = " ".join(text.split())
+            captions[picture] = _texts(text.splitlines())
     return captions
 
 
 def _combine(
-    pictures: list[str], places: Listing, facts: Facts, captions: dict[str, str]
+    pictures: list[str], places: Listing, facts: Facts, captions: dict[str, list[str]]
 ) -> Listing:
     """Return the listing of `places` with what tables and captions add."""
     text_column, split_column = facts.column(TEXT_COLUMNS), facts.column(SPLIT_COLUMNS)
@@ -194,19 +207,19 @@ def _combine(
         if empty is not None:
             unusable[place.path] = f"no {empty} in {table}"
             continue
-        text = row.get(text_column, "") if text_column else ""
-        if isinstance(text, list):  # several captions of one picture: the first
-            text = text[0] if text else ""
-        text = str(text).strip() or captions.get(place.path, "")
-        uncaptioned += not text
+        told = row.get(text_column) if text_column else None
+        texts = _texts(told if isinstance(told, list) else [told])
+        texts = texts or captions.get(place.path, [])
+        uncaptioned += not texts
         split = str(row.get(split_column, "")).strip().lower() if split_column else ""
         items.append(
             Item(
                 path=place.path,
                 split={**SPLITS, **PARTITIONS}.get(split, place.split),
                 label=place.label if label_column is None else str(row[label_column]),
-                text=text,
+                text=texts[0] if texts else "",
                 attributes=tuple(value or 0 for value in has.values()),
+                more=tuple(texts[1:]),
             )
         )
     if not items:
@@ -227,18 +240,21 @@ def _combine(
         attribute_names,
         unusable,
         notes,
+        facts.rows,
     )
+
+
+def _texts(told: Iterable[Any]) -> list[str]:
+    """Return those of several captions that say something, their white space made even."""
+    texts = (" ".join(str(text).split()) for text in told if text is not None)
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def _settle_splits(items: list[Item]) -> list[Item]:
     """Where some pictures name their split, those that do not are for training."""
     if len({bool(item.split) for item in items}) == 1:
         return items
-    return [item if item.split else _with_split(item) for item in items]
-
-
-def _with_split(item: Item) -> Item:
-    return Item(item.path, "train", item.label, item.text, item.attributes, item.domain)
+    return [item if item.split else replace(item, split="train") for item in items]
 
 
 def _layout(
@@ -247,7 +263,7 @@ def _layout(
     label_column: str | None,
     attributes: bool,
     captioned: bool,
-    captions: dict[str, str],
+    captions: dict[str, list[str]],
 ) -> str:
     """Name the layout."""
     parts = []

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Item:
         split: "train", "valid", "test", or "" when nothing says.
         label: its class's name, or None.
         text: its caption, "" when it has none.
+        more: its other captions.
         attributes: 0 or 1 each, in the order of the listing's `attribute_names`.
         domain: "image", or "source" for the other domain of unpaired translation.
     """
@@ -52,6 +53,7 @@ class Item:
     text: str = ""
     attributes: tuple[int, ...] = ()
     domain: str = "image"
+    more: tuple[str, ...] = ()
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Listing:
         attribute_names: the attributes; empty when there are none.
         unusable: path -> reason, of what cannot be used.
         notes: what a user should know about how the files were taken.
+        rows: path -> what the tables say of it, by column.
     """
 
     layout: str
@@ -73,6 +76,7 @@ class Listing:
     attribute_names: list[str] = field(default_factory=list)
     unusable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -168,7 +172,7 @@ class Folder(Files):
             if stat.S_ISDIR(status.st_mode):
                 self._walk(path, above | {(here.st_dev, here.st_ino)})
             elif stat.S_ISREG(status.st_mode):
-                self._stamps[path] = _stamp(status)
+                self._stamps[path] = stamp(status)
             elif suffix(path) in PICTURE_SUFFIXES:
                 self.unusable[path] = "not a regular file"
 
@@ -209,7 +213,7 @@ class Zip(Files):
     @property
     def signature(self) -> str:
         """The file's place, size and times."""
-        return f"{self.place.resolve()}:{_stamp(self.place.stat())}"
+        return f"{self.place.resolve()}:{stamp(self.place.stat())}"
 
     def paths(self) -> Iterable[str]:
         """Return the paths of all members."""
@@ -241,7 +245,7 @@ class Zip(Files):
             raise Unusable(f"damaged inside the zip: {error}") from None
 
 
-def _stamp(status: os.stat_result) -> str:
+def stamp(status: os.stat_result) -> str:
     """Return what changes when a file is written, or replaced by one of the same size and date."""
     return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 

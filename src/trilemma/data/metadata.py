@@ -18,7 +18,7 @@ from trilemma.data.listing import Unusable
 from trilemma.errors import UserError
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image_id")
-TEXT_COLUMNS = ("text", "caption", "prompt", "description")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "prompt", "description")
 LABEL_COLUMNS = ("label", "class", "category")
 SPLIT_COLUMNS = ("split", "partition")
 SPLITS = {
@@ -72,6 +72,16 @@ class Facts:
         return filled
 
 
+def _gathered(known: Row, row: Row) -> Row:
+    """Return the captions of a picture's row together with those of its rows before."""
+    both = {name: (known.get(name), row[name]) for name in TEXT_COLUMNS if name in row}
+    return {name: [*_listed(before), *_listed(new)] for name, (before, new) in both.items()}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def bit(value: Any) -> int | None:
     """Return a value of a 0/1 (or -1/1, or true/false) column as 0 or 1, None for another value."""
     return _BITS.get(str(value).strip().lower())
@@ -100,12 +110,17 @@ def read_facts(paths: Collection[str], pictures: Collection[str], read: Read) ->
             continue
         facts.tables.append(path)
         folder = path.rpartition("/")[0]
+        here: set[str] = set()  # the pictures of this table so far
         for name, row in rows:
             picture = find(folder, str(name))
             if picture is None:
                 facts.missing.append(str(name))
-            else:
-                facts.rows.setdefault(picture, {}).update(row)
+                continue
+            known = facts.rows.setdefault(picture, {})
+            if picture in here:  # a row for each of its captions
+                row = {**row, **_gathered(known, row)}
+            known.update(row)
+            here.add(picture)
     return facts
 
 

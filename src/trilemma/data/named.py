@@ -26,8 +26,9 @@ import numpy as np
 
 from trilemma.data.cache import cache_root
 from trilemma.data.hub import Hub
-from trilemma.data.layouts import recognise
+from trilemma.data.layouts import recognise, recognise_rows
 from trilemma.data.listing import Folder, Item, Listing, Source, Zip
+from trilemma.data.table import Parquet
 from trilemma.errors import UserError
 
 PACKAGED = Path(__file__).parent / "files"
@@ -109,7 +110,11 @@ def find(source: str | Path) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".zip":
             return Zip(text, path, recognise)
-        raise UserError(f"{path} is a file; expected a folder of pictures or a .zip of them")
+        if path.suffix.lower() == ".parquet":
+            return Parquet(text, path, recognise_rows)
+        raise UserError(
+            f"{path} is a file; expected a folder of pictures, or a .zip or .parquet of them"
+        )
     names = ", ".join(NAMES)
     raise UserError(
         f"{text!r} is no data set known by name ({names}, hf:owner/name), "

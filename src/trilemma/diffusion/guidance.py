@@ -46,7 +46,10 @@ import torch
 from torch import Tensor
 
 from trilemma.batch import Condition
+from trilemma.conditioning import text_of
+from trilemma.diffusion.resemblance import resemblance
 from trilemma.diffusion.schedules import Schedule
+from trilemma.model import Matches
 from trilemma.networks.layers import Embedded
 
 if TYPE_CHECKING:
@@ -73,9 +76,14 @@ class Guidance:
         classifier_scale: 1 makes of an unconditional model a conditional one.
         guide: any differentiable function of pictures.
         guide_scale: of its gradient.
+        negative: a text to go away from, instead of from "nothing said".
+        clip: tells how well the texts of the condition fit (`diffusion.resemblance`).
+        clip_scale: of the gradient of that.
+        crops: of each picture, that it looks at.
 
     Raises:
-        ValueError: an interval that is empty, a rescale beyond 0 to 1, a weaker model at scale 1.
+        ValueError: an interval that is empty, a rescale beyond 0 to 1, a weaker model or a negative
+            text at scale 1.
     """
 
     scale: float = 1.0
@@ -86,6 +94,10 @@ class Guidance:
     classifier_scale: float = 1.0
     guide: Guide | None = None
     guide_scale: float = 1.0
+    negative: str | None = None
+    clip: Matches | None = None
+    clip_scale: float = 1.0
+    crops: int = 8
 
     def __post_init__(self) -> None:
         if self.interval is not None:
@@ -101,6 +113,11 @@ class Guidance:
             raise ValueError(
                 "a weaker model guides nothing at guidance 1; say how far, such as guidance 2"
             )
+        if self.negative is not None and (self.scale == 1 or self.weaker is not None):
+            raise ValueError(
+                "a negative text takes the place of nothing said in classifier-free guidance: give "
+                "a guidance above 1, such as 3, and no weaker model"
+            )
 
 
 def guided(model: Diffusion, condition: Condition, asked: Guidance) -> Denoiser:
@@ -114,7 +131,7 @@ def guided(model: Diffusion, condition: Condition, asked: Guidance) -> Denoiser:
     denoise = plain
     if asked.scale != 1:
         if asked.weaker is None:
-            both = _with_and_without(model, condition, given, asked.scale)
+            both = _with_and_without(model, condition, given, asked)
         else:
             both = _strong_and_weak(model, condition, given, asked.weaker)
         denoise = classifier_free(both, asked.scale, asked.rescale)
@@ -122,6 +139,9 @@ def guided(model: Diffusion, condition: Condition, asked: Guidance) -> Denoiser:
             denoise = within(asked.interval, denoise, plain, model.schedule)
     if asked.guide is not None:
         denoise = by_guide(denoise, model, asked.guide, asked.guide_scale)
+    if asked.clip is not None:
+        fit = resemblance(asked.clip, condition, asked.crops)
+        denoise = by_guide(denoise, model, fit, asked.clip_scale)
     if asked.classifier is not None:
         log_prob = asked.classifier.log_prob_of(condition, model.codec.shape, model.schedule)
         denoise = by_classifier(denoise, log_prob, asked.classifier_scale, model.schedule)
@@ -129,15 +149,22 @@ def guided(model: Diffusion, condition: Condition, asked: Guidance) -> Denoiser:
 
 
 def _with_and_without(
-    model: Diffusion, condition: Condition, given: Embedded, scale: float
+    model: Diffusion, condition: Condition, given: Embedded, asked: Guidance
 ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
     """Return x_0 with the condition and without it, by one call of the network."""
     if not model.conditioner.guidable:
         raise ValueError(
-            f"guidance {scale} needs a model trained with labels or attributes and with "
-            "conditioner.dropout above 0; use guidance 1, or train such a model"
+            f"guidance {asked.scale} needs a model trained with labels, attributes or captions and "
+            "with conditioner.dropout above 0; use guidance 1, or train such a model"
         )
     nothing = model.conditioner.nothing(condition)
+    if asked.negative is not None:
+        if text_of(model) is None:
+            raise ValueError("a negative text was given, and the model reads no texts")
+        away = Condition(
+            condition.count, text=[asked.negative] * condition.count, source=condition.source
+        )
+        nothing = model.conditioner(away)
     pairs = {name: (getattr(given, name), getattr(nothing, name)) for name in vars(given)}
     doubled = Embedded(**{k: None if v[0] is None else torch.cat(v) for k, v in pairs.items()})
 

@@ -11,6 +11,10 @@ ways to tell the blocks the time t and the condition c (section 3.2, figure 3):
 - adaln-zero: the same, and what each part adds is gated by e, by 0 at first:
       x <- x + gate f((1 + scale) norm(x) + shift).
 
+For words a fifth: adaln-cross, adaln-zero for t and the caption as a whole, and cross-attention to
+its tokens, which adds nothing at first: Chen et al. 2023, "PixArt-alpha: Fast Training of Diffusion
+Transformer for Photorealistic Text-to-Image Synthesis", section 2.3.
+
 Shifts, scales and gates of all blocks are made by one matrix product. The sizes of the paper, of
 32 x 32 x 4 latents with two outputs a channel; operations are multiply-adds for one picture:
 
@@ -27,9 +31,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.networks.layers import (
+    CrossAttention,
     Embedded,
     Modulation,
     TimeEmbedding,
@@ -52,6 +58,7 @@ CONDITIONINGS = {
     "cross-attention": (True, 0),
     "adaln": (False, 4),
     "adaln-zero": (False, 6),
+    "adaln-cross": (True, 6),
 }
 POSITIONS = ("sincos", "rotary")
 
@@ -72,32 +79,19 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(dim, bias=False) if qk_norm else None
         self.norm_k = nn.LayerNorm(dim, bias=False) if qk_norm else None
 
-    def forward(self, x: Tensor, turn: Tensor | None) -> Tensor:
-        """Map (B, N, width) to the same; `turn` (2, N, D / 2) turns queries and keys."""
+    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Map (B, N, width) to the same.
+
+        `turn` (2, N, D / 2) turns queries and keys; where mask (B, N) is false nobody looks.
+        """
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D) each
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         if turn is not None:
             q, k = turned(q, turn), turned(k, turn)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention of x (B, N, width) to tokens (B, T, D)."""
-
-    def __init__(self, width: int, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(dim, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Map (B, N, width) to the same."""
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, N)
+        return self.out(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -121,7 +115,12 @@ class Block(nn.Module):
         self.down = nn.Linear(expand * width, width)
 
     def forward(
-        self, x: Tensor, told: list[Tensor], tokens: Tensor | None, turn: Tensor | None
+        self,
+        x: Tensor,
+        told: list[Tensor],
+        tokens: Tensor | None,
+        turn: Tensor | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Map (B, N, width) to the same.
 
@@ -130,11 +129,15 @@ class Block(nn.Module):
             told: shift and scale of each part, then gates of each part: (B, 1, width), or none.
             tokens: (B, T, D) to attend to, where the block does.
             turn: (2, N, D / 2) by the positions, where queries and keys are turned.
+            mask: which tokens are seen (B, T), or, in a block with none to attend to, which
+                places of the sequence (B, N); all if None.
         """
+        within, beside = (mask, None) if self.cross is None else (None, mask)
         gates: Sequence[Tensor | None] = told[4:] or (None, None)
-        x = _add(x, gates[0], self.attention(scaled_norm(self.norm1, x, told[:2]), turn))
+        h = self.attention(scaled_norm(self.norm1, x, told[:2]), turn, within)
+        x = _add(x, gates[0], h)
         if self.cross is not None and self.norm_cross is not None:
-            x = x + self.cross(self.norm_cross(x), tokens)
+            x = x + self.cross(self.norm_cross(x), tokens, beside)
         h = gelu(self.up(scaled_norm(self.norm2, x, told[2:4])))
         return _add(x, gates[1], self.down(h))
 
@@ -154,8 +157,8 @@ class DiT(nn.Module):
         width: of the sequence.
         depth: how many blocks.
         heads: of the attention.
-        conditioning: in-context, cross-attention, adaln or adaln-zero; tokens can be read by the
-            first two.
+        conditioning: in-context, cross-attention, adaln, adaln-zero or adaln-cross; tokens can be
+            read by the first two, and the last needs some.
         positions: sincos, added to the tokens; or rotary, turning queries and keys.
         qk_norm: whether queries and keys are normalised.
         expand: width of the perceptrons' inner layer, in widths.
@@ -200,7 +203,7 @@ class DiT(nn.Module):
         )
         joins = conditioning == "in-context" and dim != width
         self.join: nn.Module = nn.Linear(dim, width) if joins else nn.Identity()
-        self.parts = CONDITIONINGS[conditioning][1]
+        self.crosses, self.parts = CONDITIONINGS[conditioning]
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not self.parts)
         self.leave = nn.Linear(width, out_channels * patch**2)
         for module in self.modules():
@@ -208,6 +211,10 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.leave.weight)
+        if self.crosses and self.parts:
+            for module in self.modules():
+                if isinstance(module, CrossAttention):
+                    nn.init.zeros_(module.out.weight)
         self.modulation = Modulation(dim, width, depth * self.parts + 2) if self.parts else None
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -222,7 +229,8 @@ class DiT(nn.Module):
 
         Raises:
             ValueError: sides are no multiples of the patch, condition vectors are not of
-                `embedding_dim`, or there are tokens and adaLN, which cannot read any.
+                `embedding_dim`, there are tokens and an adaLN that cannot read any, or none for
+                adaln-cross.
         """
         embedded = embedded or Embedded()
         if embedded.image is not None:
@@ -241,38 +249,51 @@ class DiT(nn.Module):
             check_shape("condition vectors", embedded.vector, self.embedding_dim)
             said.append(embedded.vector)
         if self.modulation is not None:
-            if embedded.tokens is not None:
+            if (embedded.tokens is not None) != self.crosses:
                 raise ValueError(
-                    f"conditioning {self.conditioning} reads a vector and no tokens; use "
-                    "in-context or cross-attention"
+                    f"conditioning {self.conditioning} reads "
+                    + (
+                        "tokens, and there are none; use adaln-zero for labels"
+                        if self.crosses
+                        else "a vector and no tokens; use in-context, cross-attention or adaln-cross"
+                    )
                 )
-            h = self._modulated(h, sum(said[1:], said[0]), turn)
+            h = self._modulated(h, sum(said[1:], said[0]), turn, embedded)
         else:
-            tokens = torch.stack(said, dim=1)  # (B, T, D)
+            tokens, mask = torch.stack(said, dim=1), None  # (B, T, D)
             if embedded.tokens is not None:
+                if embedded.mask is not None:
+                    mask = F.pad(embedded.mask, (tokens.shape[1], 0), value=True)
                 tokens = torch.cat([tokens, embedded.tokens.to(tokens.dtype)], dim=1)
-            h = self._beside(h, tokens, turn)
+            h = self._beside(h, tokens, turn, mask)
         return unpatchify(self.leave(h), self.patch, height, width)
 
-    def _modulated(self, h: Tensor, e: Tensor, turn: Tensor | None) -> Tensor:
+    def _modulated(
+        self, h: Tensor, e: Tensor, turn: Tensor | None, embedded: Embedded
+    ) -> Tensor:
         """Pass the sequence through blocks that are told e (B, D) by shifts and scales."""
         assert self.modulation is not None
         told = self.modulation(e)
         for i, block in enumerate(self.blocks):
-            h = block(h, told[self.parts * i : self.parts * (i + 1)], None, turn)
+            own = told[self.parts * i : self.parts * (i + 1)]
+            h = block(h, own, embedded.tokens, turn, embedded.mask)
         return scaled_norm(self.norm, h, told[-2:])
 
-    def _beside(self, h: Tensor, tokens: Tensor, turn: Tensor | None) -> Tensor:
+    def _beside(
+        self, h: Tensor, tokens: Tensor, turn: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """Pass the sequence through blocks that see conditions (B, T, D) beside it.
 
         In the sequence itself they come first and have no position: they are not turned.
         """
         count = tokens.shape[1] if self.conditioning == "in-context" else 0
         if count:
+            if mask is not None:
+                mask = F.pad(mask, (0, h.shape[1]), value=True)
             h = torch.cat([self.join(tokens).to(h.dtype), h], dim=1)
             if turn is not None:
                 still = torch.stack([turn.new_ones(1), turn.new_zeros(1)])[..., None]
                 turn = torch.cat([still.expand(2, count, turn.shape[2]), turn], dim=1)
         for block in self.blocks:
-            h = block(h, [], tokens, turn)
+            h = block(h, [], tokens, turn, mask)
         return self.norm(h[:, count:])

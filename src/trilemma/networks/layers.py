@@ -18,11 +18,13 @@ class Embedded:
         vector: (B, D), joined to the time embedding.
         tokens: (B, T, D), a sequence to attend to.
         image: (B, C, H, W), concatenated to the input.
+        mask: (B, T), true for the tokens that say something; all do if None.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     image: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def sinusoidal(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -59,6 +61,20 @@ def check_shape(what: str, tensor: Tensor, *shape: int) -> None:
         raise ValueError(
             f"{what} of shape {tuple(tensor.shape)} were given; "
             f"expected (B, {', '.join(map(str, shape))})"
+        )
+
+
+def check_tokens(embedded: Embedded, crosses: bool) -> None:
+    """Raise ValueError when there are tokens and nothing attends to them, or the other way round.
+
+    A network that does not read what it is told would learn to ignore it, and nobody would know.
+    """
+    if (embedded.tokens is not None) != crosses:
+        raise ValueError(
+            "the network attends to tokens, and the conditioner makes none; use conditioning.Text"
+            if crosses
+            else "the conditioner makes tokens, and the network does not attend to them: give it "
+            "cross = true"
         )
 
 
@@ -154,19 +170,117 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="none" if exact else "tanh")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """Attention softmax(q k^T / sqrt(D)) v of q, k, v (B, heads, N, D); Vaswani et al. 2017, (1).
 
     PyTorch's fused kernel, except in bfloat16 on a CPU where there is a gradient to come: forth and
     back, two matrix products with a softmax between them take half of its time as long as the
     (N, N) weights are small. Forwards alone the kernel is the faster one.
+
+    Args:
+        q: queries.
+        k: keys, (B, heads, M, D).
+        v: values, (B, heads, M, D).
+        mask: True where a query may look, of a shape that broadcasts to (B, heads, N, M).
+        causal: each position looks at itself and at those before it.
     """
     small = q.dtype == torch.bfloat16 and q.shape[-2] <= 1024
-    if small and q.device.type == "cpu" and q.requires_grad:
+    explicit = small and q.device.type == "cpu" and q.requires_grad
+    if causal and (explicit or mask is not None):
+        before = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask, causal = before if mask is None else before & mask, False
+    if explicit:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B, heads, N, N)
-        return weights @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        products = (q * q.shape[-1] ** -0.5) @ k.mT
+        if mask is not None:
+            products = products.masked_fill(~mask, float("-inf"))
+        return torch.softmax(products, dim=-1) @ v  # of weights (B, heads, N, M)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+"""What CLIP's perceptrons use: the exact GELU, or OpenAI's approximation of it."""
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a perceptron, each on normalised input and around it a residual.
+
+    The block of both of CLIP's towers (Radford et al. 2021) and of the Vision Transformer
+    (Dosovitskiy et al. 2021).
+
+    Args:
+        width: of the sequence.
+        heads: of the attention; they divide the width.
+        expand: width of the perceptron's inner layer, in widths.
+        activation: gelu or quick-gelu.
+        causal: whether a position looks only at itself and at those before it.
+        depth: blocks of the whole: what each adds to the residual begins as 1 / sqrt(2 depth) of
+            its size, as in CLIP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        expand: float = 4,
+        activation: str = "gelu",
+        causal: bool = False,
+        depth: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of the {heads} heads")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+        self.heads, self.activation, self.causal = heads, activation, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, int(expand * width))
+        self.down = nn.Linear(int(expand * width), width)
+        less = (2 * depth) ** -0.5
+        for layer, std in (
+            (self.qkv, width**-0.5),
+            (self.out, width**-0.5 * less),
+            (self.up, (2 * width) ** -0.5),
+            (self.down, width**-0.5 * less),
+        ):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B, N, width) to the same; `mask` as `attend`'s."""
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D) each
+        h = attend(q, k, v, mask, self.causal)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+
+
+class CrossAttention(nn.Module):
+    """Attention of places x (B, N, width) to tokens (B, T, D).
+
+    Args:
+        width: of the places.
+        dim: D, of the tokens.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(dim, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B, N, width) to the same; tokens where mask (B, T) is false are not seen."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        return self.out(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

@@ -13,7 +13,11 @@ and little else left out:
   Diffusion Probabilistic Models", section 4); one matrix product makes the scales and shifts of
   all blocks.
 - Normalisation is over the channels of each pixel: neighbours in memory where channels are last.
-- Skips join by one 1 x 1 convolution a level. There is no attention.
+- Skips join by one 1 x 1 convolution a level. There is no attention, unless it is asked for, on the
+  smallest map alone.
+
+With `cross` the places of the smallest map attend to the tokens of a caption as well: Rombach et
+al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import Embedded, sinusoidal
+from trilemma.networks.layers import CrossAttention, Embedded, attend, check_tokens, sinusoidal
 
 FEATURES = 64  # sines and cosines of the time
 
@@ -60,6 +64,38 @@ class Block(nn.Module):
         return x + self.contract(F.silu(self.expand(h)))
 
 
+class Attention(nn.Module):
+    """Attention of the places of a map to each other, and to tokens; each added to the input.
+
+    Args:
+        channels: of the map.
+        heads: of the attention.
+        dim: width of the tokens; 0 for none.
+    """
+
+    def __init__(self, channels: int, heads: int, dim: int) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be shared by {heads} heads equally")
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = _zero(nn.Linear(channels, channels))
+        self.cross = CrossAttention(channels, dim, heads) if dim else None
+        if self.cross is not None:
+            _zero(self.cross.out)
+
+    def forward(self, x: Tensor, told: Embedded) -> Tensor:
+        """Map (B, C, H, W) to the same."""
+        places = x.flatten(2).mT  # (B, N, C)
+        h = F.layer_norm(places, places.shape[2:])
+        q, k, v = self.qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        places = places + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        if self.cross is not None and told.tokens is not None:
+            h = F.layer_norm(places, places.shape[2:])
+            places = places + self.cross(h, told.tokens, told.mask)
+        return places.mT.unflatten(2, x.shape[2:])
+
+
 class QuickUNet(nn.Module):
     """The small denoiser: `network(x, time, embedded)`.
 
@@ -70,9 +106,11 @@ class QuickUNet(nn.Module):
         channels: of each level; every level halves the map.
         blocks: residual blocks of each level, on the way down and on the way up; the last level's
             once.
-        embedding_dim: width of the time's embedding and of `embedded.vector`.
+        embedding_dim: width of the time's embedding, of `embedded.vector` and `embedded.tokens`.
         patch: pixels folded into channels, p x p; None for the largest power of two that leaves
             the widest map 12 or more on a side.
+        heads: of attention on the smallest map, after every second block; 0 for no attention.
+        cross: whether that is to `embedded.tokens` too.
     """
 
     def __init__(
@@ -84,6 +122,8 @@ class QuickUNet(nn.Module):
         blocks: Sequence[int] = (2, 4),
         embedding_dim: int = 128,
         patch: int | None = None,
+        heads: int = 0,
+        cross: bool = False,
     ) -> None:
         super().__init__()
         if len(channels) != len(blocks):
@@ -91,6 +131,9 @@ class QuickUNet(nn.Module):
                 f"channels names {len(channels)} levels and blocks {len(blocks)}; "
                 "give as many of one as of the other"
             )
+        if cross and not heads:
+            raise ValueError("attention to tokens needs heads, such as heads = 4")
+        self.cross = cross
         depth = 2 ** (len(channels) - 1)
         self.patch = patch or _patch(size, depth)
         self.multiple = self.patch * depth
@@ -109,6 +152,10 @@ class QuickUNet(nn.Module):
             nn.Conv2d(4 * a, b, 1) for a, b in zip(channels, channels[1:], strict=False)
         )
         self.middle = _level(*inner)
+        tokens = embedding_dim if cross else 0
+        self.attention = nn.ModuleList(
+            Attention(inner[0], heads, tokens) for _ in range(-(-inner[1] // 2) if heads else 0)
+        )
         self.unfold = nn.ModuleList(
             nn.Conv2d(b, 4 * a, 1) for a, b in zip(channels, channels[1:], strict=False)
         )
@@ -124,13 +171,19 @@ class QuickUNet(nn.Module):
             )
 
     def forward(self, x: Tensor, time: Tensor, embedded: Embedded | None = None) -> Tensor:
-        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W)."""
+        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W).
+
+        Raises:
+            ValueError: sides that do not fit, or tokens without `cross`, or the other way round.
+        """
+        embedded = embedded or Embedded()
+        check_tokens(embedded, self.cross)
         self._check_size(x.shape[-2], x.shape[-1])
         features = sinusoidal(1000 * time, FEATURES).to(self.modulate.weight.dtype)
         e = self.time(features)  # (B, D)
-        if embedded is not None and embedded.vector is not None:
+        if embedded.vector is not None:
             e = e + embedded.vector
-        if embedded is not None and embedded.image is not None:
+        if embedded.image is not None:
             x = torch.cat([x, embedded.image], dim=1)
         h = _fold(x, self.patch)
         h = self.conv_in(h)
@@ -140,7 +193,10 @@ class QuickUNet(nn.Module):
             h = _through(level, h, told)
             skips.append(h)
             h = fold(_fold(h, 2))
-        h = _through(self.middle, h, told)
+        for i, block in enumerate(self.middle):
+            h = block(h, *next(told))
+            if i % 2 == 0 and self.attention:
+                h = self.attention[i // 2](h, embedded)
         for depth in reversed(range(len(self.up))):
             h = F.pixel_shuffle(self.unfold[depth](h), 2)
             h = self.join[depth](torch.cat([h, skips.pop()], dim=1))

@@ -18,6 +18,9 @@ section 3: the second normalisation of each residual block is scaled and shifted
     h = conv((1 + scale(e)) norm(h) + shift(e))          (AdaGN)
 
 and levels are joined by residual blocks whose two branches are both resampled, as in BigGAN.
+
+With `cross` each attention to the places is followed by one to the tokens of a caption: Rombach et
+al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
 """
 
 from __future__ import annotations
@@ -28,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import Embedded, GroupNorm, attend, sinusoidal, upsample_conv
+from trilemma.networks.layers import (
+    CrossAttention,
+    Embedded,
+    GroupNorm,
+    attend,
+    check_tokens,
+    sinusoidal,
+    upsample_conv,
+)
 
 Resample = Callable[[Tensor], Tensor]
 
@@ -102,23 +113,35 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, added to the input."""
+    """Self-attention over the positions of a feature map, added to the input.
 
-    def __init__(self, channels: int, head_channels: int | None) -> None:
+    With tokens of width `cross` also attention to these, added too.
+    """
+
+    def __init__(self, channels: int, head_channels: int | None, cross: int = 0) -> None:
         super().__init__()
         self.heads = 1 if head_channels is None else max(1, channels // head_channels)
         self.norm = _norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = _zero(nn.Linear(channels, channels))
+        self.norm_cross = _norm(channels) if cross else None
+        self.cross = CrossAttention(channels, cross, self.heads) if cross else None
+        if self.cross is not None:
+            _zero(self.cross.out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Embedded) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         b, c, height, width = x.shape
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         h = self.qkv(h).view(b, height * width, 3, self.heads, c // self.heads)
         q, k, v = h.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, HW, C / heads)
         h = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
-        return x + self.out(h).transpose(1, 2).view(b, c, height, width)
+        x = x + self.out(h).transpose(1, 2).view(b, c, height, width)
+        if self.cross is None or self.norm_cross is None:
+            return x
+        h = self.norm_cross(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = self.cross(h, told.tokens, told.mask)
+        return x + h.transpose(1, 2).view(b, c, height, width)
 
 
 class Level(nn.Module):
@@ -129,10 +152,10 @@ class Level(nn.Module):
         self.block = block
         self.attention = attention
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, told: Embedded) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W)."""
         x = self.block(x, embedding)
-        return x if self.attention is None else self.attention(x)
+        return x if self.attention is None else self.attention(x, told)
 
 
 class Upsample(nn.Module):
@@ -163,10 +186,12 @@ class UNet(nn.Module):
         patch: the network works on `patch` x `patch` pixels folded into channels.
         dropout: probability of dropping a feature inside residual blocks.
         head_channels: channels of an attention head; one head if None, as in Ho et al.
-        embedding_dim: width of the time embedding, and of `embedded.vector`; 4 * channels if None.
+        embedding_dim: width of the time embedding, of `embedded.vector` and of `embedded.tokens`;
+            4 * channels if None.
         norm: shift or scale-shift: what the time does between a residual block's convolutions.
         resample: conv, one convolution between levels; or biggan, a residual block.
         rescale: whether the sums of residual blocks are divided by sqrt(2).
+        cross: whether attention to places is followed by attention to `embedded.tokens`.
     """
 
     def __init__(
@@ -185,6 +210,7 @@ class UNet(nn.Module):
         norm: str = "shift",
         resample: str = "conv",
         rescale: bool = False,
+        cross: bool = False,
     ) -> None:
         super().__init__()
         for what, said, known in (
@@ -196,7 +222,7 @@ class UNet(nn.Module):
         self.multiple = patch * 2 ** (len(multipliers) - 1)
         self._check_size(size, size)
         self.in_channels, self.channels, self.patch = in_channels, channels, patch
-        self.embedding_dim = embedding_dim or 4 * channels
+        self.embedding_dim, self.cross = embedding_dim or 4 * channels, cross
         self.time = nn.Sequential(
             nn.Linear(channels, self.embedding_dim),
             nn.SiLU(),
@@ -215,7 +241,8 @@ class UNet(nn.Module):
                 resample=change,
                 rescale=rescale,
             )
-            return Level(block, Attention(outputs, head_channels) if attends else None)
+            tokens = self.embedding_dim if cross else 0
+            return Level(block, Attention(outputs, head_channels, tokens) if attends else None)
 
         def down(width: int) -> nn.Module:
             if resample == "biggan":
@@ -261,27 +288,33 @@ class UNet(nn.Module):
             )
 
     def forward(self, x: Tensor, time: Tensor, embedded: Embedded | None = None) -> Tensor:
-        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W)."""
+        """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W).
+
+        Raises:
+            ValueError: sides that do not fit, or tokens without `cross`, or the other way round.
+        """
+        embedded = embedded or Embedded()
+        check_tokens(embedded, self.cross)
         self._check_size(x.shape[-2], x.shape[-1])
         e = self.time(sinusoidal(1000 * time, self.channels))  # (B, D)
-        if embedded is not None and embedded.vector is not None:
+        if embedded.vector is not None:
             e = e + embedded.vector
-        if embedded is not None and embedded.image is not None:
+        if embedded.image is not None:
             x = torch.cat([x, embedded.image], dim=1)
         e = F.silu(e)
         x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [x]
         for module in self.down:
-            x = module(x, e) if isinstance(module, Level) else module(x)
+            x = module(x, e, embedded) if isinstance(module, Level) else module(x)
             skips.append(x)
         for module in self.middle:
-            x = module(x, e)
+            x = module(x, e, embedded)
         for module in self.up:
             if not isinstance(module, Level):
                 x = module(x)
             elif module.block.resample is None:
-                x = module(torch.cat([x, skips.pop()], dim=1), e)
+                x = module(torch.cat([x, skips.pop()], dim=1), e, embedded)
             else:
-                x = module(x, e)
+                x = module(x, e, embedded)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch)
