@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.batch import to_uint8
-from trilemma.model import Frozen
+from trilemma.model import Frozen, matching
 from trilemma.networks.layers import check_shape
 
 
@@ -221,3 +221,34 @@ class Latents(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """Map x (B, D, h, w) to images (B, C, H, W) in [-1, 1]."""
         return self._model.decode(x * self.deviation + self.mean)
+
+
+class ClipEmbedding(nn.Module):
+    """Pictures as a trained CLIP's embedding of them, which leads back to no picture.
+
+    x is the unit vector times sqrt(D), so that its numbers are about as wide as the noise of
+    `diffusion`: Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP
+    Latents", section 2.2, draws it.
+
+    Args:
+        clip: the CLIP; in a recipe `{ type = "trained", path = "runs/clip" }`.
+
+    Attributes:
+        shape: (D,) of x.
+    """
+
+    bounds = None
+
+    def __init__(self, clip: Frozen) -> None:
+        super().__init__()
+        self.clip = clip
+        self.shape = (matching(clip).dim,)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to x (B, D)."""
+        return matching(self.clip).embed_images(image) * self.shape[0] ** 0.5
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Map x (B, D) to unit vectors (B, D)."""
+        return nn.functional.normalize(x, dim=1)

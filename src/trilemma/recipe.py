@@ -213,7 +213,8 @@ def lookup(path: str) -> type:
 
 
 def _at_home(cls: type, module: ModuleType) -> bool:
-    return cls.__module__ == module.__name__
+    """Whether a class is defined in a module, or in one of a package's."""
+    return f"{cls.__module__}.".startswith(f"{module.__name__}.")
 
 
 def check_arguments(function: Any, given: Mapping[str, Any], name: str) -> None:

@@ -518,3 +518,21 @@ def compare(
     )
     if as_json:
         say(report)
+
+
+@app.command()
+def join(
+    prior: Annotated[Path, typer.Option(help="A run of unclip-prior.", show_default=False)],
+    decoder: Annotated[Path, typer.Option(help="A run of unclip-decoder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder of the new run.", show_default=False)],
+    upsampler: Annotated[Path | None, typer.Option(help="A run of super-resolution.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Join prior, decoder and upsampler to one model that draws by words."""
+    from trilemma import joining
+
+    path = joining.join(prior, decoder, upsampler, out)
+    if as_json:
+        say({"run": str(path.parent)})
+    else:
+        screen.print(f"next: trilemma sample {out} --text WORDS --out {out}/pictures")

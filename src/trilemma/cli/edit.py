@@ -332,3 +332,90 @@ def edit_repair(
     rows = torch.cat([given[:, None], made], 1)[:64]
     sampling.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
     wrote(paths, as_json)
+
+
+@edit_app.command("variations")
+def edit_variations(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    n: Each = 4,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures that mean the same to CLIP, by unCLIP or its decoder.
+
+    A row of the sheet is the picture and its variations.
+    """
+    import torch
+
+    from trilemma import edit, sampling, variation
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    chosen = {"steps": steps, "guidance": guidance, **options(option or [])}
+    made = variation.variations(trained, images, n, seed=seed, track=track, **chosen)
+    facts: dict[str, Any] = {"edit": "variations", "pictures": names, "seed": seed}
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
+    rows = torch.cat([images[:, None], made], 1)[:16]
+    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    wrote(paths, as_json)
+
+
+@edit_app.command("blend")
+def edit_blend(
+    run: Run,
+    first: Annotated[str, typer.Argument(help="A picture, or a folder or zip of them.")],
+    second: Annotated[str, typer.Argument(help="As many pictures, to which the ways lead.")],
+    out: OutFolder,
+    n: Annotated[int, typer.Option("-n", "--n", min=2, help="Pictures on each way.")] = 8,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Walk from each picture to another in CLIP's space, by unCLIP; a row of the sheet each."""
+    from trilemma import edit, sampling, variation
+
+    trained = sampling.load(run, device)
+    (names, images), (others, targets) = read(trained, first), read(trained, second)
+    chosen = {"steps": steps, "guidance": guidance, **options(option or [])}
+    made = variation.blend(trained, images, targets, n, seed=seed, track=track, **chosen)
+    facts = {"edit": "blend", "first": names, "second": others, "seed": seed}
+    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=n), as_json)
+
+
+@edit_app.command("change")
+def edit_change(
+    run: Run,
+    pictures: Pictures,
+    out: OutFolder,
+    before: Annotated[str, typer.Option("--from", help="What they are: 'a red heart'.")],
+    after: Annotated[str, typer.Option("--to", help="What they shall be: 'a blue heart'.")],
+    n: Annotated[int, typer.Option("-n", "--n", min=2, help="Pictures on each way.")] = 5,
+    strength: Annotated[float, typer.Option(help="How far, above 0 and at most 1.")] = 0.5,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    option: Option = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Change pictures by words, by unCLIP; a row of the sheet is the way from none to most."""
+    from trilemma import edit, sampling, variation
+
+    trained = sampling.load(run, device)
+    names, images = read(trained, pictures)
+    chosen = {"steps": steps, "guidance": guidance, **options(option or [])}
+    made = variation.change(
+        trained, images, before, after, n, strength, seed=seed, track=track, **chosen
+    )
+    facts: dict[str, Any] = {"edit": "change", "pictures": names, "from": before, "to": after}
+    facts |= {"strength": strength, "seed": seed}
+    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=n), as_json)

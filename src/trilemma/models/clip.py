@@ -99,7 +99,8 @@ class CLIP(Model):
             raise ValueError(f"chunk is {chunk}; expected 1 pair or more, or none")
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0")
-        self.image, self.text, self.chunk = image, text, chunk
+        self.image, self.text, self.chunk, self.dim = image, text, chunk, dim
+        self.words = (cast(int, text.context), cast(int, text.width))
         image_width = cast(int, getattr(image, "width", None) or getattr(image, "latent", 0))
         self.join = Join(image_width, cast(int, text.width), dim, temperature)
         self.tokens = getattr(text, "tokens", None) or Tokenizer(cast(int, text.context))
@@ -159,6 +160,15 @@ class CLIP(Model):
         """Map B texts to unit vectors (B, dim)."""
         where = self.join.log_scale.device
         return self.embed_tokens(*(tensor.to(where) for tensor in self.tokens(texts)))
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Map B texts to features of tokens (B, T, W), a mask (B, T) and unit vectors (B, dim)."""
+        where = self.join.log_scale.device
+        ids, mask = (tensor.to(where) for tensor in self.tokens(texts))
+        each, whole = self.text(ids, mask)
+        short = self.words[0] - each.shape[1]
+        vector = F.normalize(self.join.text(whole).float(), dim=1)
+        return F.pad(each, (0, 0, 0, short)), F.pad(mask, (0, short)), vector
 
 
 def contrast(similarity: Tensor, same: Tensor) -> Losses:

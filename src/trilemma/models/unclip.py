@@ -23,7 +23,6 @@ Neither is a generator of pictures: `draw` gives embeddings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -34,8 +33,8 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import ClipEmbedding
-from trilemma.conditioning import ClipImage, ClipText, Conditioner, source_of
-from trilemma.model import Frozen, Losses, Model, Phase
+from trilemma.conditioning import ClipImage, ClipText, source_of
+from trilemma.model import Frozen, Losses, Matches, Model, Phase, matching
 from trilemma.models.diffusion import Diffusion
 from trilemma.networks.transformer import Cache, CausalTransformer
 
@@ -81,7 +80,7 @@ class DiffusionPrior(Model):
             options: of the diffusion's `sample`.
         """
         drawn = [self.diffusion.sample(condition, rng, **options) for _ in range(candidates)]
-        return _nearest(drawn, _text_tower(self.diffusion.conditioner), condition)
+        return _nearest(drawn, clip_of(self), condition)
 
 
 class AutoregressivePrior(Model):
@@ -199,7 +198,7 @@ class AutoregressivePrior(Model):
                 codes.append(rng.categorical(self.out(features).float() / temperature))
                 part = self._said(codes[-1][:, None], k)
             drawn.append(self.codec.decode(self.from_codes(torch.stack(codes, dim=1))))
-        return _nearest(drawn, _text_tower(self.conditioner), condition)
+        return _nearest(drawn, clip_of(self), condition)
 
     def _told(self, condition: Condition, rng: Rng | None) -> Tensor:
         """Return the words and the text's embedding as the sequence's beginning (B, T + 1, W)."""
@@ -234,8 +233,8 @@ class UnCLIP(Model):
                 f"the prior is a {type(prior.module).__name__}, which draws no embeddings; give "
                 "the run of a DiffusionPrior or an AutoregressivePrior"
             )
-        if not isinstance(decoder.module, Diffusion) or not isinstance(
-            image_part(decoder.module.conditioner), ClipImage
+        if not isinstance(decoder.module, Diffusion) or not any(
+            isinstance(part, ClipImage) for part in decoder.module.conditioner.modules()
         ):
             raise ValueError(
                 f"the decoder is a {type(decoder.module).__name__} that draws no embeddings' "
@@ -283,7 +282,8 @@ class UnCLIP(Model):
         """
         z = condition.embedding
         if z is None and direct:
-            z = _text_tower(self.prior.module)(condition)
+            assert condition.text is not None
+            z = clip_of(self.prior).embed_texts(condition.text)
         if z is None:
             options: dict[str, Any] = {"candidates": candidates}
             if isinstance(self.prior.module, DiffusionPrior):
@@ -295,3 +295,23 @@ class UnCLIP(Model):
             return image
         told = Condition(len(image), source=image)
         return self.upsampler.module.sample(told, rng, steps=upsampler_steps)
+
+
+def clip_of(module: nn.Module) -> Matches:
+    """Return the CLIP that a prior's conditioner or a decoder's reads.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for part in module.modules():
+        if isinstance(part, ClipText | ClipImage):
+            return matching(part.clip)
+    raise ValueError(f"{type(module).__name__} reads nothing of a CLIP")
+
+
+def _nearest(drawn: list[Tensor], clip: Matches, condition: Condition) -> Tensor:
+    """Return of several embeddings (B, D) for each text the one nearest to the text's own."""
+    assert condition.text is not None  # its conditioner has read it
+    several = torch.stack(drawn)  # (candidates, B, D)
+    best = (several * clip.embed_texts(condition.text)).sum(-1).argmax(0)
+    return several[best, torch.arange(several.shape[1], device=best.device)]

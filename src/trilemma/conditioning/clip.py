@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from trilemma.batch import Condition, Rng
-from trilemma.codecs import Joint
-from trilemma.conditioning import Conditioner, _share
-from trilemma.model import Frozen
+from trilemma.conditioning.base import Conditioner, share
+from trilemma.model import Frozen, matching
 from trilemma.networks.layers import Embedded, check_shape
 
 
@@ -31,9 +27,9 @@ class ClipText(Conditioner):
 
     def __init__(self, clip: Frozen, dropout: float = 0.1) -> None:
         super().__init__()
-        self.clip, self.dropout = clip, _share(dropout)
+        self.clip, self.dropout = clip, share(dropout)
         self.guidable = dropout > 0
-        model = joint(clip)
+        model = matching(clip)
         self.words, self.dim = model.words, model.dim
         self.padding = nn.Parameter(torch.randn(self.words[1]) * 0.02)
         self.no_words = nn.Parameter(torch.randn(*self.words) * 0.02)
@@ -50,7 +46,7 @@ class ClipText(Conditioner):
         if condition.text is None:
             raise ValueError("the model draws of words: it needs condition.text")
         with torch.no_grad():
-            tokens, mask, z = joint(self.clip).encode_words(condition.text)
+            tokens, mask, z = matching(self.clip).read(condition.text)
         tokens = torch.where(mask[..., None], tokens.float(), self.padding)
         vector = z.float() * self.dim**0.5
         if rng is not None and self.dropout:
@@ -82,9 +78,9 @@ class ClipImage(Conditioner):
 
     def __init__(self, clip: Frozen, dim: int, tokens: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
-        self.clip, self.tokens, self.dropout = clip, tokens, _share(dropout)
+        self.clip, self.tokens, self.dropout = clip, tokens, share(dropout)
         self.guidable = dropout > 0
-        self.dim = joint(clip).dim
+        self.dim = matching(clip).dim
         self.map = nn.Linear(self.dim, (1 + tokens) * dim)
         self.none = nn.Parameter(torch.zeros((1 + tokens) * dim))
 
@@ -99,7 +95,7 @@ class ClipImage(Conditioner):
         z = condition.embedding
         if image is not None and rng is not None:
             with torch.no_grad():
-                z = joint(self.clip).encode_image(image)
+                z = matching(self.clip).embed_images(image)
         if z is None:
             return self.nothing(condition)
         check_shape("embeddings", z, self.dim)
@@ -115,29 +111,3 @@ class ClipImage(Conditioner):
     def _parts(self, made: Tensor) -> Embedded:
         vector, *tokens = made.unflatten(1, (1 + self.tokens, -1)).unbind(1)
         return Embedded(vector=vector, tokens=torch.stack(tokens, 1) if tokens else None)
-
-
-def joint(clip: Frozen) -> Joint:
-    """Return a frozen part as what embeds pictures and words alike.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if not isinstance(clip.module, Joint):
-        raise ValueError(
-            f"the model of words and pictures is a trained {type(clip.module).__name__}; give the "
-            "run of a CLIP"
-        )
-    return cast(Joint, clip.module)
-
-
-def clip_of(module: nn.Module) -> Joint:
-    """Return the CLIP that a conditioner or a prior reads.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found: Sequence[Frozen] = [part.clip for part in module.modules() if isinstance(part, ClipText)]
-    if not found:
-        raise ValueError(f"{type(module).__name__} reads no words")
-    return joint(found[0])
