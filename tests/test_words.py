@@ -13,7 +13,7 @@ import tiny
 from trilemma import cli, sampling, training
 from trilemma.batch import Condition, Rng
 from trilemma.codecs import Pixels
-from trilemma.conditioning import Labels, Pretrained, Text, Together, text_of
+from trilemma.conditioning import Labels, Pretrained, Text, Together, reads_text
 from trilemma.diffusion.guidance import Guidance
 from trilemma.diffusion.resemblance import cut, resemblance
 from trilemma.diffusion.schedules import Straight
@@ -140,7 +140,7 @@ def test_labels_and_text_together():
     part = Together([Labels(3, DIM), words()])
     made = part(Condition(2, torch.tensor([0, 1]), text=["a", "b"]))
     assert made.tokens.shape == (2, 10, DIM) and made.mask.shape == (2, 10)
-    assert text_of(part) is part.parts[1] and text_of(Labels(3, DIM)) is None
+    assert reads_text(part) and not reads_text(Labels(3, DIM))
 
 
 def model():

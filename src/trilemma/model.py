@@ -201,6 +201,15 @@ class Matches(Protocol):
 
 
 @runtime_checkable
+class DrawsEmbeddings(Protocol):
+    """Draws the embedding that `Matches` has of a picture, for words; no pictures."""
+
+    def draw(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
+        """Draw unit vectors (B, D) for the texts of a condition, one stream of `rng` each."""
+        ...
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A part of a model that takes a measure of the data, once, before training begins."""
 

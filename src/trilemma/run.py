@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trilemma import __version__, checkpoint, device, recipe
-from trilemma.conditioning import text_of
+from trilemma.conditioning import reads_text
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.model import Model, Phase
@@ -57,7 +57,7 @@ class Run:
         self.seed = spec["run"]["seed"]
         have = data.attributes
         self.attribute_shares = [] if have is None else have.mean(0).tolist()
-        self.captions = captions(data) if text_of(model) is not None else []
+        self.captions = captions(data) if reads_text(model) else []
         spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
         try:

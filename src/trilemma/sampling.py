@@ -16,10 +16,10 @@ from torch import Tensor
 
 from trilemma import checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
-from trilemma.conditioning import text_of
+from trilemma.conditioning import reads_text
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
-from trilemma.model import Generator, HasOwnOptions, Matches, Model, TellsClasses
+from trilemma.model import DrawsEmbeddings, Generator, HasOwnOptions, Matches, Model, TellsClasses
 
 GUIDANCE = {
     "guidance": "scale",
@@ -83,7 +83,7 @@ class Trained:
     @property
     def reads(self) -> bool:
         """Whether the model draws by texts."""
-        return text_of(self.model) is not None
+        return reads_text(self.model)
 
     @property
     def translates(self) -> bool:
@@ -128,6 +128,11 @@ class Trained:
             raise UserError(
                 f"{self.name} draws no pictures: it tells which go with which words, with "
                 f"trilemma search {self.path} PICTURES --text WORDS"
+            )
+        if isinstance(self.model, DrawsEmbeddings):
+            raise UserError(
+                f"{self.name} draws no pictures but embeddings of them; with a run of unclip-decoder, "
+                f"trilemma join --prior {self.path} --decoder RUN --out DIR draws pictures"
             )
         if not isinstance(self.model, Generator):
             raise UserError(

@@ -34,7 +34,7 @@ from trilemma import (
     upscale,
 )
 from trilemma.batch import Batch, to_float
-from trilemma.conditioning import text_of
+from trilemma.conditioning import reads_text
 from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -133,7 +133,7 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
-    if text_of(model) is not None and not any(data.text or ()):
+    if reads_text(model) and not any(data.text or ()):
         raise UserError(
             f"{Path(name).stem} learns to draw by captions and {data.name} has none; expected "
             "metadata.csv or metadata.jsonl beside the pictures, with file_name and text in every "

@@ -21,10 +21,10 @@ one network learns the conditional and the unconditional distribution: Ho & Sali
 from __future__ import annotations
 
 from trilemma.conditioning.base import Conditioner, Together
-from trilemma.conditioning.clip import ClipImage, ClipText
+from trilemma.conditioning.clip import ClipImage, ClipText, reads_text
 from trilemma.conditioning.labels import Attributes, LabelChannels, Labels
 from trilemma.conditioning.source import SOURCES, Source, grey, masked, random_masks, shrink, source_of
-from trilemma.conditioning.text import Pretrained, Text, text_of
+from trilemma.conditioning.text import Pretrained, Text
 
 __all__ = [
     "Attributes",
@@ -41,7 +41,7 @@ __all__ = [
     "grey",
     "masked",
     "random_masks",
+    "reads_text",
     "shrink",
     "source_of",
-    "text_of",
 ]

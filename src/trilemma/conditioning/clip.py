@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from trilemma.batch import Condition, Rng
 from trilemma.conditioning.base import Conditioner, share
+from trilemma.conditioning.text import Text
 from trilemma.model import Frozen, matching
 from trilemma.networks.layers import Embedded, check_shape
 
@@ -111,3 +112,8 @@ class ClipImage(Conditioner):
     def _parts(self, made: Tensor) -> Embedded:
         vector, *tokens = made.unflatten(1, (1 + self.tokens, -1)).unbind(1)
         return Embedded(vector=vector, tokens=torch.stack(tokens, 1) if tokens else None)
+
+
+def reads_text(model: nn.Module) -> bool:
+    """Whether anything of a model reads texts."""
+    return any(isinstance(part, Text | ClipText) for part in model.modules())

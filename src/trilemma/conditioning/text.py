@@ -113,11 +113,6 @@ class Text(Conditioner):
         return self(Condition(condition.count))
 
 
-def text_of(model: nn.Module) -> Text | None:
-    """Return what of a model reads texts, if anything."""
-    return next((part for part in model.modules() if isinstance(part, Text)), None)
-
-
 @cache
 def _pretrained(path: str) -> tuple[Callable[[list[str], int], tuple[Tensor, ...]], int]:
     """Return what reads texts with the encoder in a folder, and its width.

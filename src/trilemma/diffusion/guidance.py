@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from trilemma.batch import Condition
-from trilemma.conditioning import text_of
+from trilemma.conditioning import reads_text
 from trilemma.diffusion.resemblance import resemblance
 from trilemma.diffusion.schedules import Schedule
 from trilemma.model import Matches
@@ -159,7 +159,7 @@ def _with_and_without(
         )
     nothing = model.conditioner.nothing(condition)
     if asked.negative is not None:
-        if text_of(model) is None:
+        if not reads_text(model):
             raise ValueError("a negative text was given, and the model reads no texts")
         away = Condition(
             condition.count, text=[asked.negative] * condition.count, source=condition.source

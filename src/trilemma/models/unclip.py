@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,18 +34,9 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import ClipEmbedding
 from trilemma.conditioning import ClipImage, ClipText, source_of
-from trilemma.model import Frozen, Losses, Matches, Model, Phase, matching
+from trilemma.model import DrawsEmbeddings, Frozen, Losses, Matches, Model, Phase, matching
 from trilemma.models.diffusion import Diffusion
 from trilemma.networks.transformer import Cache, CausalTransformer
-
-
-@runtime_checkable
-class Prior(Protocol):
-    """Draws CLIP's embedding of a picture for words."""
-
-    def draw(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
-        """Draw unit embeddings (B, D) for the texts of a condition."""
-        ...
 
 
 class DiffusionPrior(Model):
@@ -228,7 +219,7 @@ class UnCLIP(Model):
 
     def __init__(self, prior: Frozen, decoder: Frozen, upsampler: Frozen | None = None) -> None:
         super().__init__()
-        if not isinstance(prior.module, Prior):
+        if not isinstance(prior.module, DrawsEmbeddings):
             raise ValueError(
                 f"the prior is a {type(prior.module).__name__}, which draws no embeddings; give "
                 "the run of a DiffusionPrior or an AutoregressivePrior"
