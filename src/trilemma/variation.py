@@ -67,7 +67,7 @@ def blend(
     trained: Trained,
     first: Tensor,
     second: Tensor,
-    steps: int = 8,
+    n: int = 8,
     *,
     seed: int = 0,
     track: Track = iter,
@@ -76,15 +76,15 @@ def blend(
     """Draw the way from pictures to others; arguments and errors as `variations`.
 
     Returns:
-        uint8 (N, steps, C, H, W), from what is like the first to what is like the second.
+        uint8 (N, n, C, H, W), from what is like the first to what is like the second.
     """
-    if len(first) != len(second) or steps < 2:
+    if len(first) != len(second) or n < 2:
         raise UserError(
-            f"{steps} pictures from {len(first)} to {len(second)} were asked for; expected at least "
+            f"{n} pictures from {len(first)} to {len(second)} were asked for; expected at least "
             "2, and as many pictures at both ends"
         )
     ends = embed(trained, first), embed(trained, second)
-    shares = torch.linspace(0, 1, steps)
+    shares = torch.linspace(0, 1, n)
     z = torch.stack([F.normalize(spherical(*ends, float(s)), dim=1) for s in shares], 1)
     return _rows(trained, z, seed, track, options)
 
@@ -94,7 +94,7 @@ def change(
     images: Tensor,
     before: str,
     after: str,
-    steps: int = 5,
+    n: int = 5,
     strength: float = 0.5,
     *,
     seed: int = 0,
@@ -107,11 +107,11 @@ def change(
     `strength` of the way (the paper: 0.25 to 0.5).
 
     Returns:
-        uint8 (N, steps, C, H, W), unchanged to changed the most.
+        uint8 (N, n, C, H, W), unchanged to changed the most.
     """
-    if steps < 2 or not 0 < strength <= 1:
+    if n < 2 or not 0 < strength <= 1:
         raise UserError(
-            f"{steps} steps up to {strength} were asked for; expected at least 2, up to more than 0 "
+            f"{n} pictures up to {strength} were asked for; expected at least 2, up to more than 0 "
             "and at most 1"
         )
     clip = _clip(trained)
@@ -121,7 +121,7 @@ def change(
         raise UserError(f"'{before}' and '{after}' are the same to CLIP; say what changes")
     towards = F.normalize(texts[1:] - texts[:1], dim=1).cpu()
     z = embed(trained, images)
-    shares = torch.linspace(0, strength, steps)
+    shares = torch.linspace(0, strength, n)
     turned = [spherical(z, towards.expand_as(z), float(share)) for share in shares]
     return _rows(trained, F.normalize(torch.stack(turned, 1), dim=2), seed, track, options)
 
