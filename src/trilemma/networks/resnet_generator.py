@@ -92,5 +92,5 @@ class Generator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to images (B, C, H, W) in [-1, 1], in float32."""
         change = self.layers(image).float()
-        # tanh undoes atanh; clamped, for black and white are at infinity: 1.3 of 255 levels are lost
+        # tanh undoes atanh; black and white would be at infinity: clamped, they lose 1.3 levels
         return (change + image.float().clamp(-0.99, 0.99).atanh() if self.skip else change).tanh()
