@@ -93,8 +93,8 @@ def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = model_file(run)
     if not path.exists() and os.sep not in str(run):
         raise UserError(
-            f"{run} does not exist; expected a run folder that `trilemma train` made, or one of the "
-            f"packaged models: {', '.join(packaged_models())}"
+            f"{run} does not exist; expected a run folder that `trilemma train` made, or one of "
+            f"the packaged models: {', '.join(packaged_models())}"
         )
     return read(path)
 

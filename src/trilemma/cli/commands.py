@@ -207,7 +207,9 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
     n: Annotated[
         int | None,

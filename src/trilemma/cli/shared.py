@@ -132,7 +132,9 @@ Grid = Annotated[
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")]
 
 
-Run = Annotated[Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")]
+Run = Annotated[
+    Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")
+]
 Pictures = Annotated[str, typer.Argument(help="A picture, or a folder or zip of them.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for pictures.", show_default=False)]
 

@@ -86,11 +86,11 @@ class Generator(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
         if skip:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) to images (B, C, H, W) in [-1, 1], in float32."""
         change = self.layers(image).float()
-        # tanh undoes atanh; clamped, for black and white are at infinity: 1.3 of 255 levels are lost
+        # tanh undoes atanh; black and white would be at infinity: clamped, they lose 1.3 levels
         return (change + image.float().clamp(-0.99, 0.99).atanh() if self.skip else change).tanh()
