@@ -23,6 +23,7 @@ from torch import Tensor
 from trilemma.errors import UserError
 
 FORMAT = 1
+PACKAGED = Path(__file__).parent / "pretrained"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -67,8 +68,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the trained model of a run folder, or of a file; returns and errors as `read`."""
-    path = Path(run)
+    """Read the trained model of a run folder, of a file, or of a name that comes with the package.
+
+    Returns and errors as `read`.
+    """
+    path, packaged = Path(run), PACKAGED / f"{run}.safetensors"
+    if not path.exists() and packaged.is_file():
+        path = packaged
     return read(path / "model.safetensors" if path.is_dir() else path)
 
 
