@@ -66,7 +66,7 @@ def colours_of(drawing: np.ndarray) -> list[str]:
             dull,
             (hue > 10) & (hue < 48) & (value < 0.72) & (saturation > 0.3),
             (hue >= 318) & (hue < 345) | ((hue >= 345) | (hue < 15)) & (saturation < 0.5),
-            (hue >= 345) | (hue < 14),
+            (hue >= 345) | (hue < 20),
             hue < 40,
             hue < 66,
             hue < 170,
@@ -126,7 +126,8 @@ def captions(row: dict, colours: list[str]) -> list[str]:
         own = set(name.split()) & WORDS
         if not own:
             said += [f"{colours[0]} {name}", f"{both} {name}, {style}"]
-        said += [f"{bare(name)}, {both}", f"{kind}, {both}, {style}"]
+        if not own or own & set(colours):  # not every "black telephone" is black
+            said += [f"{bare(name)}, {both}", f"{kind}, {both}, {style}"]
     said += [word.lower() for word in row["keywords"] if word.lower() != name][:1]
     return list(dict.fromkeys(said))
 
@@ -165,8 +166,8 @@ def main() -> None:
         part = split[f"{stem}.webp"]
         put(drawing, f"{stem}.png", part, row["category"], captions(row, colours))
         name, hue = bare(row["name"].strip().lower()), main_hue(drawing)
-        if part == "train" and colours:
-            seen.add((name, colours[0]))
+        if part == "train":
+            seen |= {(name, word) for word in [*colours, *row["name"].lower().split()]}
         free = row["category"] not in UNCHANGED and row["subcategory"] not in UNCHANGED_KINDS
         if part != "train" or hue is None or not free:
             continue

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny
-from trilemma import cli, sampling, training
+from trilemma import checkpoint, cli, sampling, training
 from trilemma.batch import Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Labels, Pretrained, Text, Together, reads_text
@@ -241,6 +241,19 @@ def test_from_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert len(call("--text", "a red square")) == 16
     assert "guidance above 1" in call("--negative", "x", "--guidance", 1, code=1)
     assert "cannot be read" in call("--text-file", tmp_path / "nowhere.txt", code=2)
+
+
+def test_packaged_models_are_found_by_name(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path)
+    tensors, facts = checkpoint.read_model(run)
+    halves = {key: value.half() for key, value in tensors.items()}
+    checkpoint.write(tmp_path / "small.safetensors", halves, facts)
+    loaded, whole = sampling.load("small"), sampling.load(run)
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    drawn, again = (each.sample(2, text="a red square", steps=2).int() for each in (whole, loaded))
+    assert (drawn - again).abs().max() <= 2
+    with pytest.raises(UserError, match="does not exist"):
+        sampling.load("smaller")
 
 
 def test_models_and_data_without_words_are_told_apart(tmp_path):

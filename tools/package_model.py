@@ -21,6 +21,9 @@ def main() -> None:
     run, name = sys.argv[1:]
     tensors, facts = checkpoint.read_model(run)
     halves = {key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}
+    large = [key for key, t in halves.items() if t.is_floating_point() and not t.isfinite().all()]
+    if large:
+        sys.exit(f"too large for float16: {', '.join(large[:3])}")
     facts["recipe"]["run"]["data"] = Path(facts["recipe"]["run"]["data"]).name
     target = checkpoint.PACKAGED / f"{name}.safetensors"
     checkpoint.write(target, halves, {k: v for k, v in facts.items() if k != "format"})

@@ -29,10 +29,12 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import trilemma
 from trilemma import data as pictures
 from trilemma.batch import to_float
+from trilemma.metrics.retrieval import recalls
 from trilemma.sampling import Trained, captioned
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,17 +48,15 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-def found(clip: Trained, images: torch.Tensor, texts: list[str], most: int) -> float:
-    """Return the share of pictures whose own text is among the `most` nearest of all different."""
+def found(clip: Trained, images: torch.Tensor, texts: list[str]) -> list[float]:
+    """Return the shares of pictures whose own text is the nearest, and among the five nearest."""
     different = list(dict.fromkeys(texts))
     own = torch.tensor([different.index(text) for text in texts])
     with torch.no_grad():
         told = torch.cat([clip.model.embed_texts(different[i : i + 128])
                           for i in range(0, len(different), 128)])  # fmt: skip
         seen = torch.cat([clip.model.embed_images(to_float(part)) for part in images.split(128)])
-    products = seen @ told.T
-    better = products > products.gather(1, own[:, None])
-    return (better.sum(1) < most).float().mean().item()
+    return recalls(seen @ told.T, F.one_hot(own, len(different)).bool(), (1, 5))
 
 
 def told(judge: Trained, images: torch.Tensor, label: np.ndarray) -> float:
@@ -105,7 +105,7 @@ def main() -> None:
 
     def measures(images: torch.Tensor) -> list[str]:
         cells = [f"{distance(images):.0f}"]
-        cells += [f"{found(clip, images, texts, k):.1%}" if clip else "-" for k in (1, 5)]
+        cells += [f"{share:.1%}" for share in found(clip, images, texts)] if clip else ["-", "-"]
         return cells + [f"{told(judge, images, test.label):.1%}" if judge else "-"]
 
     real = torch.from_numpy(np.ascontiguousarray(test.images))

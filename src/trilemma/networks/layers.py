@@ -74,7 +74,7 @@ def check_tokens(embedded: Embedded, crosses: bool) -> None:
             "the network attends to tokens, and the conditioner makes none; use conditioning.Text"
             if crosses
             else "the conditioner makes tokens, and the network does not attend to them: give it "
-            "cross = true"
+            "cross = true, or the conditioner tokens = false"
         )
 
 
