@@ -27,6 +27,7 @@ from trilemma import (
     device,
     distributed,
     edit,
+    latents,
     recipe,
     redraw,
     sampling,
@@ -145,9 +146,14 @@ def train(
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     flip = bool(asks.get("flip", False))
+    kept, started = None, time.perf_counter()
+    if settings.cache:
+        kept = latents.keep(model, data, flip, run.length, settings.batch, where)
+    run.progress.elapsed += time.perf_counter() - started  # encoding pictures is training
     stream = batches(
-        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world
-    )
+        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world,
+        kept=kept,
+    )  # fmt: skip
     with _signals() as asked:
         loop(run, stream, asked, probe, probes, quiet)
     return run.trained()
