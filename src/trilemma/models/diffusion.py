@@ -170,7 +170,8 @@ class Diffusion(Model):
         if output.shape[1] != 2 * x.shape[1]:
             raise ValueError(
                 f"the network gives {output.shape[1]} channels for {x.shape[1]}; learn_variance "
-                f"needs twice as many: --set model.network.out_channels={2 * x.shape[1]}"
+                f"needs twice as many: --set model.network.out_channels={2 * x.shape[1]}, or in a "
+                'recipe out_channels = "@channels * 2"'
             )
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2
