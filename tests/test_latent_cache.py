@@ -13,7 +13,6 @@ import torch
 
 import tiny
 from trilemma import checkpoint, codecs, data, latents, sampling, training
-from trilemma.batch import to_float
 from trilemma.errors import Interrupted, UserError
 from trilemma.settings import Length
 

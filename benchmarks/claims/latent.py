@@ -177,9 +177,10 @@ def main() -> None:
         f"{given.data} at {train.shape[1]} pixels, {len(train):,} training pictures; seed "
         f"{given.seed}; {given.minutes:g} minutes of a core a side, of which {filling:.0f} s "
         f"computed the latents; {given.n} pictures drawn in {given.steps} steps and {len(test)} "
-        f"test pictures at a look; {given.n} real training pictures score {floor:.0f}. First stage: "
-        f"{given.stage_minutes:g} minutes, {stage.progress.seen:,} pictures; it restores the test "
-        f"pictures with a mean squared error of {error:.4f} on [-1, 1], and these score {bound:.0f}.",
+        f"test pictures at a look; {given.n} real training pictures score {floor:.0f}. First "
+        f"stage: {given.stage_minutes:g} minutes, {stage.progress.seen:,} pictures; it restores "
+        f"the test pictures with a mean squared error of {error:.4f} on [-1, 1], and these score "
+        f"{bound:.0f}.",
         ("", *traces),
         rows,
     )

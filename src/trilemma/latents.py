@@ -142,9 +142,7 @@ def _fill(
 
 
 @torch.no_grad()
-def _groups(
-    codec: Keeps, data: Dataset, sides: int, where: torch.device
-) -> Iterator[np.ndarray]:
+def _groups(codec: Keeps, data: Dataset, sides: int, where: torch.device) -> Iterator[np.ndarray]:
     """Yield what the codec keeps of groups of pictures, all as they are and then all mirrored."""
     for side in range(sides):
         for start in range(0, len(data), GROUP):

@@ -147,7 +147,9 @@ def resolve(
 
 def _value(text: str, facts: Mapping[str, Any]) -> Any:
     """Return a fact, or a sum of products of facts and whole numbers."""
-    terms = [[_fact(factor.strip(), facts) for factor in term.split("*")] for term in text.split("+")]
+    terms = [
+        [_fact(factor.strip(), facts) for factor in term.split("*")] for term in text.split("+")
+    ]
     if terms == [terms[0][:1]]:
         return terms[0][0]
     if not all(isinstance(factor, int) for term in terms for factor in term):
