@@ -24,7 +24,7 @@ def trained(request, tmp_path_factory):
     pictures = data.load(folder, split="all", channels=request.param)
     changes = [*tiny.overrides("iddpm"), *SHORT, "train.batch=16", "train.log_every=1"]
     out = tmp_path_factory.mktemp("runs") / "iddpm"
-    fitted = training.train("iddpm", pictures, out=out, steps=30, quiet=True, overrides=changes)
+    fitted = training.train("iddpm", pictures, out=out, steps=4, quiet=True, overrides=changes)
     return fitted, pictures
 
 

@@ -187,7 +187,12 @@ def test_encoding_counts_as_training(model, pictures, monkeypatch, tmp_path, sta
     clock = iter(range(0, 10**9, 100))
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
     trained = fit(name, pictures, tmp_path / "run", *changes, steps=9)
-    assert trained.progress["elapsed"] >= 100 * (9 + 1)
+    spent = trained.progress["elapsed"]
+    assert spent >= 100 * (9 + 1)
+    for file in files(tmp_path):
+        file.unlink()
+    again = fit(name, pictures, tmp_path / "run", *changes, steps=9, resume=True)
+    assert again.progress["elapsed"] == spent and not files(tmp_path)  # it was at its end
 
 
 @pytest.mark.slow
