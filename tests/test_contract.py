@@ -48,7 +48,8 @@ def folders(tmp_path_factory):
     tiny_ones, sizeable = (tmp_path_factory.mktemp(name) for name in ("tiny", "sizeable"))
     pictures = tiny.pictures(tmp_path_factory.mktemp("pictures"))
     large = ["train.batch=8", "train.grids=0"]
-    for name, own in (("vqvae", []), ("kl-f4", ["model.weights=none"])):
+    without = ["model.weights=none"]
+    for name, own in (("vqvae", []), ("kl-f4", without), ("vq-f4", without)):
         for folder, size, changes in (
             (tiny_ones, tiny.SIZE, tiny.overrides(name)),
             (sizeable, 32, [*large, *own]),

@@ -54,6 +54,32 @@ def test_resolve_fills_in_facts():
         recipe.resolve({"a": "@depth"}, {"shape": 1})
 
 
+def test_facts_are_added_and_multiplied():
+    facts = {"shape": [3, 8, 8], "channels": 3, "size": 8}
+    for asked, value in (
+        ("@channels * 2", 6),
+        ("@channels*2+1", 7),
+        ("@channels + @size * 2", 19),
+        ("@channels * @size", 24),
+        ("@channels + 1", 4),
+    ):
+        assert recipe.resolve({"a": asked}, facts) == {"a": value}
+    with pytest.raises(UserError, match="asks for two; the data tell shape, channels, size"):
+        recipe.resolve({"a": "@channels * two"}, facts)
+    with pytest.raises(UserError, match="asks for @shape . 2; only numbers can be added and mul"):
+        recipe.resolve({"a": "@shape * 2"}, facts)
+
+
+def test_a_run_that_is_not_there_is_told_with_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = (
+        r"runs/kl-f4 is not there.*\(trilemma train kl-f4 --data ...\).*"
+        r"--set model.codec.stage.path=RUN"
+    )
+    with pytest.raises(UserError, match=told):
+        recipe.resolve(recipe.load("latent-diffusion"), {"shape": [3, 16, 16]})
+
+
 def test_only_classes_of_this_package_are_built():
     for path in ("os.system", "networks.layers.sinusoidal", "networks.nothing.UNet", "train.Run"):
         with pytest.raises(UserError, match="type"):

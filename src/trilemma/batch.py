@@ -161,12 +161,14 @@ class Batch:
         seen: training images seen, by all processes, before this batch (growth, warm-up).
         rng: one stream per image, a function of the run's seed and the image's place in the
             training order; so a loss does not depend on how its batch was split.
+        kept: (B, ...) what the model's codec keeps of the images, or None: `codecs.encoded`.
     """
 
     image: Tensor
     condition: Condition
     seen: int
     rng: Rng
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -178,11 +180,13 @@ class Batch:
             raise ValueError(f"a batch of {len(self)} cannot be cut into {parts} equal parts")
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Batch(self.image[part], self.condition[part], self.seen, self.rng[part])
+            kept = None if self.kept is None else self.kept[part]
+            yield Batch(self.image[part], self.condition[part], self.seen, self.rng[part], kept)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`."""
         rng = Rng(self.rng.seeds, device)
         rng._calls = self.rng._calls
         image = self.image.to(device, non_blocking=True)
-        return Batch(image, self.condition.to(device), self.seen, rng)
+        kept = None if self.kept is None else self.kept.to(device, non_blocking=True)
+        return Batch(image, self.condition.to(device), self.seen, rng, kept)

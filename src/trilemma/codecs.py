@@ -1,4 +1,8 @@
-"""The space a model works in: `encode(image) -> x`, `decode(x) -> image`."""
+"""The space a model works in: `encode(image) -> x`, `decode(x) -> image`.
+
+A codec around a trained model never changes, so what it makes of the training pictures can be
+computed once: it has `keep` and `recall` too, and models ask `encoded` for x.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,24 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from trilemma.batch import to_uint8
-from trilemma.model import Frozen, matching
+from trilemma.batch import Batch, to_uint8
+from trilemma.model import Frozen, Keeps, matching
 from trilemma.networks.layers import check_shape
+
+
+class Codec(Protocol):
+    """What every codec can do."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to x (B, ...)."""
+        ...
+
+
+def encoded(codec: Codec, batch: Batch) -> Tensor:
+    """Return x (B, ...) of a training batch: of what was kept of its images, if anything was."""
+    if batch.kept is not None and isinstance(codec, Keeps):
+        return codec.recall(batch.kept)
+    return codec.encode(batch.image)
 
 
 class Pixels(nn.Module):
@@ -109,6 +128,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def _small(codes: Tensor, vocabulary: int) -> Tensor:
+    """Return codes in as few bytes as they need."""
+    return codes.to(torch.int16 if vocabulary <= 2**15 else torch.int32)
+
+
 class CodeTokens(Tokens):
     """A token is a code of a trained VQ-VAE.
 
@@ -141,6 +165,14 @@ class CodeTokens(Tokens):
         """Map codes (B, h w) to images (B, C, H, W) in [-1, 1]."""
         return self._vqvae.from_codes(tokens.view(len(tokens), *self.grid[:2])).clamp(-1, 1)
 
+    def keep(self, image: Tensor) -> Tensor:
+        """Return the codes (B, h w) of images (B, C, H, W), in two bytes where that is enough."""
+        return _small(self.encode(image), self.vocabulary)
+
+    def recall(self, kept: Tensor) -> Tensor:
+        """Return the codes (B, h w), int64."""
+        return kept.long()
+
 
 @runtime_checkable
 class FirstStage(Protocol):
@@ -154,6 +186,21 @@ class FirstStage(Protocol):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to images (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Codebook(FirstStage, Protocol):
+    """A first stage whose vectors are those of a codebook."""
+
+    codebook_size: int
+
+    def codes(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [-1, 1] to codes (B, h, w), int64."""
+        ...
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Look up the vectors (B, D, h, w) of codes (B, h, w)."""
         ...
 
 
@@ -216,7 +263,27 @@ class Latents(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to x (B, D, h, w)."""
         check_shape("pictures", image, *self.picture)
-        return (self._model.encode(image).float() - self.mean) / self.deviation
+        return self._normal(self._model.encode(image))
+
+    def _normal(self, latent: Tensor) -> Tensor:
+        return (latent.float() - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def keep(self, image: Tensor) -> Tensor:
+        """Return the codes (B, h, w) of images (B, C, H, W), or x (B, D, h, w) in float16."""
+        model = self.stage.module
+        if isinstance(model, Codebook):
+            check_shape("pictures", image, *self.picture)
+            return _small(model.codes(image), model.codebook_size)
+        return self.encode(image).half()
+
+    @torch.no_grad()
+    def recall(self, kept: Tensor) -> Tensor:
+        """Return x (B, D, h, w) of what was kept."""
+        model = self.stage.module
+        if isinstance(model, Codebook):
+            return self._normal(model.vectors(kept.long()))
+        return kept.float()
 
     def decode(self, x: Tensor) -> Tensor:
         """Map x (B, D, h, w) to images (B, C, H, W) in [-1, 1]."""

@@ -31,7 +31,7 @@ from trilemma.model import Generator, Matches, TellsClasses
 from trilemma.report import choice, commands, scales
 from trilemma.report.commands import Request
 from trilemma.sampling import Trained
-from trilemma.training import train
+from trilemma.training import facts, train
 
 STEPS = (5, 10, 20, 50)
 _OWN_FOLDERS = ("images", "scores")
@@ -106,6 +106,9 @@ def compare(
         training, held_out, out, n=n, features=features, seed=seed, steps=steps,
         device_name=device_name, screen=screen,
     )  # fmt: skip
+    for name, spec in specs.items():
+        if not (out / name / "recipe.toml").exists():  # else it holds what it uses
+            recipe.resolve(spec, facts(training))  # a run that is not there is told of at once
     _agree(out, request)
     models, failed = [], []
     for place, (name, spec) in enumerate(specs.items()):

@@ -218,6 +218,22 @@ class Measures(Protocol):
         ...
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """A codec that no training changes: what it makes of a picture can be computed once.
+
+    `recall(keep(image))` is `encode(image)`, to the rounding of what is kept.
+    """
+
+    def keep(self, image: Tensor) -> Tensor:
+        """Return what is kept of images (B, C, H, W) in [-1, 1]: (B, ...), in few bytes."""
+        ...
+
+    def recall(self, kept: Tensor) -> Tensor:
+        """Return what `encode` makes of the images of which this was kept."""
+        ...
+
+
 class Frozen(nn.Module):
     """Holds a trained module that another model uses but never trains.
 

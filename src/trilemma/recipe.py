@@ -6,8 +6,8 @@ constructor's signature is the schema. Only classes defined under `BUILDABLE` ar
 recipe, and a checkpoint that carries one, holds data and never code.
 
 Strings that begin with `@` are facts of the data, filled in by `resolve`: `@shape` (C, H, W),
-`@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`; and sums of them and
-of numbers, `@channels + 1`.
+`@channels`, `@size`, `@classes` (0 when unlabelled), `@attributes`, `@count`; and sums and products
+of them and of whole numbers, `@channels * 2 + 1`.
 
 `{ type = "trained", path = "runs/vqvae" }` is the model of that run, held still while another
 learns to use it. `resolve` puts the run's own model spec in its place, inside a `model.Frozen`, so
@@ -25,6 +25,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -128,38 +129,54 @@ def resolve(
         UserError: a recipe asks for a fact that there is not, or for a run that cannot be used.
     """
 
-    def fill(value: Any, was: Any) -> Any:
+    def fill(value: Any, was: Any, path: str) -> Any:
         if isinstance(value, dict) and value.get("type") == "trained":
             same = isinstance(was, dict) and was.get("path") == value.get("path")
-            return was if same else _frozen(value, facts)
+            return was if same else _frozen(value, facts, path)
         if isinstance(value, dict):
             old = was if isinstance(was, dict) else {}
-            return {key: fill(item, old.get(key)) for key, item in value.items()}
+            return {key: fill(item, old.get(key), f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list):
-            return [fill(item, None) for item in value]
+            return [fill(item, None, path) for item in value]
         if isinstance(value, str) and value.startswith("@"):
-            terms = [_fact(term.strip(), facts) for term in value.split("+")]
-            return sum(terms[1:], terms[0])
+            return _value(value, facts)
         return value
 
-    return fill(copy.deepcopy(recipe), before)
+    return fill(copy.deepcopy(recipe), before, "")
 
 
-def _fact(term: str, facts: Mapping[str, Any]) -> Any:
-    if term.isdigit():
-        return int(term)
-    if not term.startswith("@") or term[1:] not in facts:
-        raise UserError(f"the recipe asks for {term}; the data tell {', '.join(facts)}")
-    return facts[term[1:]]
+def _value(text: str, facts: Mapping[str, Any]) -> Any:
+    """Return a fact, or a sum of products of facts and whole numbers."""
+    terms = [
+        [_fact(factor.strip(), facts) for factor in term.split("*")] for term in text.split("+")
+    ]
+    if terms == [terms[0][:1]]:
+        return terms[0][0]
+    if not all(isinstance(factor, int) for term in terms for factor in term):
+        raise UserError(f"the recipe asks for {text}; only numbers can be added and multiplied")
+    return sum(math.prod(term) for term in terms)
 
 
-def _frozen(asked: Recipe, facts: Mapping[str, Any]) -> Recipe:
-    """Return the spec of a trained run's model, held still."""
+def _fact(name: str, facts: Mapping[str, Any]) -> Any:
+    if name.isdigit():
+        return int(name)
+    if not name.startswith("@") or name[1:] not in facts:
+        raise UserError(f"the recipe asks for {name}; the data tell {', '.join(facts)}")
+    return facts[name[1:]]
+
+
+def _frozen(asked: Recipe, facts: Mapping[str, Any], path: str) -> Recipe:
+    """Return the spec of a trained run's model, held still; `path` is where it is asked for."""
     from trilemma import checkpoint  # brings torch with it, which listing recipes does not need
 
     run = asked.get("path")
     if not isinstance(run, str) or asked.keys() != {"type", "path"}:
         raise UserError(f'type "trained" needs the path of a run and nothing else; got {asked}')
+    if not Path(run).exists():
+        raise UserError(
+            f"{run} is not there, and the recipe uses the model trained in it; train it first "
+            f"({_training(run)}), or name another run (--set {path[1:]}.path=RUN)"
+        )
     _, about = checkpoint.read_model(run)
     theirs, ours = about["data"]["shape"], facts["shape"]
     if theirs != ours:
@@ -168,6 +185,13 @@ def _frozen(asked: Recipe, facts: Mapping[str, Any]) -> Recipe:
             f"train at --size {theirs[1]}, or give a run at this size"
         )
     return {"type": "model.Frozen", "path": run, "module": about["recipe"]["model"]}
+
+
+def _training(run: str) -> str:
+    """Return the command that trains a run; a run bears its recipe's name if nothing is said."""
+    name, given = Path(run).name, names()
+    where = "" if Path(run) == Path("runs") / name and name in given else f" --out {run}"
+    return f"trilemma train {name if name in given else 'RECIPE'} --data ...{where}"
 
 
 def build(spec: Any) -> Any:

@@ -26,6 +26,8 @@ class Settings:
         compile: `auto`, `on` or `off`: torch.compile.
         optimizer: `type` (adam, adamw, muon, rmsprop) and its arguments.
         phases: the same per phase name, over `optimizer`.
+        cache: where the model learns on what a frozen first stage makes of pictures, compute that
+            once and keep it (`latents`).
         save_every: seconds between saves.
         grids: sample grids drawn during training.
         watches: how often an adversarial run's coverage is looked at, evenly spread; 0 also turns
@@ -45,6 +47,7 @@ class Settings:
     compile: str = "auto"
     optimizer: dict[str, Any] = field(default_factory=lambda: {"type": "adam", "lr": 2e-4})
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cache: bool = True
     save_every: float = 60.0
     grids: int = 10
     watches: int = 20

@@ -27,6 +27,7 @@ from trilemma import (
     device,
     distributed,
     edit,
+    latents,
     recipe,
     redraw,
     sampling,
@@ -153,9 +154,15 @@ def train(
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     flip = bool(asks.get("flip", False))
+    kept = None
+    if settings.cache and run.length.done(run.progress) < 1.0:
+        started = time.perf_counter()
+        kept = latents.keep(model, data, flip, run.length, settings.batch, where)
+        run.progress.elapsed += time.perf_counter() - started  # encoding pictures is training
     stream = batches(
-        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world
-    )
+        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world,
+        kept=kept,
+    )  # fmt: skip
     with _signals() as asked:
         loop(run, stream, asked, probe, probes, quiet)
     return run.trained()

@@ -117,6 +117,7 @@ def batches(
     flip: bool = False,
     rank: int = 0,
     world: int = 1,
+    kept: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yield training batches without end.
 
@@ -128,6 +129,8 @@ def batches(
         flip: mirror every other picture, at random, left to right.
         rank: this process.
         world: number of processes; each takes its contiguous share of every step.
+        kept: (1 or 2, N, ...) what the model's codec keeps of each picture and, with `flip`, of
+            each mirrored; or None.
     """
     if not len(dataset):
         raise ValueError(f"{dataset.name} has no pictures in its split {dataset.split!r}")
@@ -151,6 +154,7 @@ def batches(
             condition=dataset._condition(rows, source_rows, source_flips, captions),
             seen=start,
             rng=Rng(torch.from_numpy(seeds)),
+            kept=None if kept is None else _kept(kept, rows, flips),
         )
         start += size
 
@@ -208,3 +212,9 @@ def _floats(images: np.ndarray, rows: np.ndarray, flips: np.ndarray | None) -> T
     if flips is not None:
         taken[flips] = taken[flips][..., ::-1]
     return to_float(torch.from_numpy(np.ascontiguousarray(taken)))
+
+
+def _kept(kept: np.ndarray, rows: np.ndarray, flips: np.ndarray | None) -> Tensor:
+    """Return what is kept of the pictures at `rows`, mirrored where `flips` says."""
+    side = 0 if flips is None else flips.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(kept[side, rows]))

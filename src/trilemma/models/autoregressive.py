@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
-from trilemma.codecs import PixelTokens, Tokens
+from trilemma.codecs import PixelTokens, Tokens, encoded
 from trilemma.model import Losses, Model, Phase
 from trilemma.models.mixture import LogisticMixture, draw
 from trilemma.networks.layers import check_shape, one_hot
@@ -168,7 +168,7 @@ class Autoregressive(Model):
     def loss(self, batch: Batch) -> Losses:
         """The negative log likelihood in nats per token."""
         label = one_hot(batch.condition.label, self.classes, len(batch), batch.image.device)
-        return {"loss": self.surprise(self.codec.encode(batch.image), label).mean()}
+        return {"loss": self.surprise(encoded(self.codec, batch), label).mean()}
 
     def logits(self, tokens: Tensor, label: Tensor, cache: Cache | None = None) -> Tensor:
         """Return logits (B, t + 1, V) of the tokens (B, t) and of the next.

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
-from trilemma.codecs import Latents, Pixels
+from trilemma.codecs import Latents, Pixels, encoded
 from trilemma.conditioning import Conditioner, Labels, masked, source_of
 from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
 from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
@@ -131,10 +131,11 @@ class Diffusion(Model):
     def loss(self, batch: Batch) -> Losses:
         """Return the weighted error of the network's output at random times."""
         rng = batch.rng
-        image = batch.image
         if self.dequantise:
-            image = dequantise(image, rng.uniform(*image.shape[1:]))
-        x0 = self.codec.encode(image)
+            noise = rng.uniform(*batch.image.shape[1:])
+            x0 = self.codec.encode(dequantise(batch.image, noise))
+        else:
+            x0 = encoded(self.codec, batch)
         t = self.times(rng, self.schedule)  # (B,)
         noise = rng.normal(*x0.shape[1:])
         of_a_kind = batch.condition.label if getattr(self.conditioner, "classes", 0) else None
@@ -169,7 +170,8 @@ class Diffusion(Model):
         if output.shape[1] != 2 * x.shape[1]:
             raise ValueError(
                 f"the network gives {output.shape[1]} channels for {x.shape[1]}; learn_variance "
-                f"needs twice as many: --set model.network.out_channels={2 * x.shape[1]}"
+                f"needs twice as many: --set model.network.out_channels={2 * x.shape[1]}, or in a "
+                'recipe out_channels = "@channels * 2"'
             )
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2

@@ -195,9 +195,13 @@ class Coded:
         self.quantiser.check(codes)
         return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Look up the vectors (B, D, h, w) of codes (B, h, w)."""
+        return self.quantiser.vectors(codes)
+
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to the vectors (B, D, h, w) of their codes."""
-        return self.quantiser.vectors(self.codes(image))
+        return self.vectors(self.codes(image))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Map vectors (B, D, h, w), each taken as its nearest code, to images in [-1, 1].
