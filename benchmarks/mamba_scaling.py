@@ -1,7 +1,7 @@
 """Claim 12: time and memory of Mamba grow with the number of tokens, those of DiT with its square.
 
-Gu, Dao (2023), "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"; Hu et al. (2024),
-"ZigMa: A DiT-style Zigzag Mamba Diffusion Model", on pictures.
+Gu, Dao (2023), "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"; Hu et al.
+(2024), "ZigMa: A DiT-style Zigzag Mamba Diffusion Model", on pictures.
 
 Networks of about equal parameters, depth and width, each in a process of its own for each number of
 tokens, so that its peak memory is its own. Pictures are of patch-sized steps: 16 x 16 to 128 x 128
@@ -13,9 +13,9 @@ measured is kept under `runs/claims`, and a script that was stopped goes on.
     python benchmarks/mamba_scaling.py --sides 16 32 64 --width 256 --depth 4
 
 Refuted if from the last but one number of tokens to the last (four times as many) Mamba's time or
-memory grows more than fivefold, or DiT's time less than eightfold; or if Mamba is behind DiT still at
-the largest. Attention that keeps no matrix of weights is linear in memory, too: forwards DiT's may be.
-"""
+memory grows more than fivefold, or DiT's time less than eightfold; or if Mamba is behind DiT still
+at the largest. Attention that keeps no matrix of weights is linear in memory, too: forwards DiT's
+may be."""
 
 import argparse
 import json

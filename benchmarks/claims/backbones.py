@@ -58,8 +58,8 @@ SIDES = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.options(__doc__)
     parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--images", type=int, default=40_000, help="training of each network")
-    parser.add_argument("--probes", type=int, default=5)
+    parser.add_argument("--images", type=int, default=32_000, help="training of each network")
+    parser.add_argument("--probes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12, help="of the solver, at a probe")
     parser.add_argument("--n", type=int, default=1000, help="pictures drawn at a probe")
     parser.add_argument("--rounds", type=int, default=10, help="turns of timing")

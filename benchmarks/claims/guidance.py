@@ -79,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept.save(given.out, figure)
     low, high = given.interval
     common.publish(
-        f"{trained.name} after {trained.progress['seen']:,} images, {given.solver} in {given.steps} "
-        f"steps, seeds 0 to {given.n - 1}; the interval is {low:g} < sigma / alpha <= {high:g}; "
+        f"{trained.name} after {trained.progress['seen']:,} images, {given.solver} in "
+        f"{given.steps} steps, seeds 0 to {given.n - 1}; the interval is {low:g} < sigma / alpha "
+        f"<= {high:g}; "
         f"FD-{given.features.capitalize()} to {len(test):,} test pictures, the rest to {given.n}.",
         ("guidance", "FD-Lite0", "precision", "recall", "coverage"),
         [

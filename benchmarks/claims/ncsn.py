@@ -2,15 +2,15 @@
 
 Song, Ermon (2019), "Generative Modeling by Estimating Gradients of the Data Distribution", table 1:
 NCSN has an FID of 25.3 on CIFAR-10; Ho, Jain, Abbeel (2020), "Denoising Diffusion Probabilistic
-Models", table 1: 3.17. Both learn the noise on pictures at many levels. DDPM differs in what it adds
-noise to, the picture shrinking as the noise grows, and in its sampler, which follows from its
+Models", table 1: 3.17. Both learn the noise on pictures at many levels. DDPM differs in what it
+adds noise to, the picture shrinking as the noise grows, and in its sampler, which follows from its
 training where Langevin moves must come to rest at each level.
 
 The recipe `ncsn` against `quick-diffusion` made a DDPM: linear betas in 1,000 steps and the noise
 target. Same network, optimizer, batch and number of images, so the same training time, which is
-told as processor time; other work may run beside it. Each draws by its own sampler at its own number
-of network calls: annealed Langevin dynamics, 5 moves at 50 levels, and the 1,000 steps of DDPM. To
-tell training from sampling, DDPM with as many calls as Langevin and both by DDIM in 20.
+told as processor time; other work may run beside it. Each draws by its own sampler at its own
+number of network calls: annealed Langevin dynamics, 5 moves at 50 levels, and the 1,000 steps of
+DDPM. To tell training from sampling, DDPM with as many calls as Langevin and both by DDIM in 20.
 
     OMP_NUM_THREADS=1 python benchmarks/claims/ncsn.py
 
@@ -42,7 +42,7 @@ SIDES = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.options(__doc__)
     parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--images", type=int, default=40_000, help="training of each side")
+    parser.add_argument("--images", type=int, default=30_000, help="training of each side")
     parser.add_argument("--levels", type=int, default=50, help="of Langevin, 5 calls each")
     parser.add_argument("--long", type=int, default=1000, help="steps of DDPM")
     parser.add_argument("--n", type=int, default=500, help="pictures drawn by each way")

@@ -2,24 +2,24 @@
 
 Which learns fastest: Nichol, Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models",
 section 3.2, put the cosine schedule before the linear one; Salimans, Ho (2022), "Progressive
-Distillation", table 1, find noise, image and velocity much alike in many steps; Karras et al. (2022),
-"Elucidating the Design Space of Diffusion-Based Generative Models", table 2, and Esser et al. (2024),
-"Scaling Rectified Flow Transformers", table 1, put preconditioned targets on log-normal and straight
-ones on logit-normal times first. The same network, optimizer and batch learn each on Fashion-MNIST;
-the averaged weights are probed at the same numbers of images, by Euler's method on one grid that
-means the same noise on every schedule. A step costs the same for all, so by the image is by the
-minute; processor time of one thread is told all the same.
+Distillation", table 1, find noise, image and velocity much alike in many steps; Karras et al.
+(2022), "Elucidating the Design Space of Diffusion-Based Generative Models", table 2, and Esser et
+al. (2024), "Scaling Rectified Flow Transformers", table 1, put preconditioned targets on log-normal
+and straight ones on logit-normal times first. The same network, optimizer and batch learn each on
+Fashion-MNIST; the averaged weights are probed at the same numbers of images, by Euler's method on
+one grid that means the same noise on every schedule. A step costs the same for all, so by the image
+is by the minute; processor time of one thread is told all the same.
 
-Why not in a single step: the best guess of x_0 by squared error is its mean given x_t (Vincent 2011,
-"A Connection Between Score Matching and Denoising Autoencoders"), and of noise alone that is the
-mean of all pictures, of a class when it is told. So one call should draw the mean picture of each
-class, the same for every noise; what makes kinds and edges are the calls in between, which decide
-little by little. A trained run draws in 1, 2, 5, 10 and 50 calls: FD-Lite0, coverage; sharpness, the
-variance of the Laplacian of the grey picture in [0, 1]; the root mean squared difference from the
-mean training picture of its class; and how far pictures of a class are apart (the deviation of a
-pixel within it), in grey levels.
+Why not in a single step: the best guess of x_0 by squared error is its mean given x_t (Vincent
+2011, "A Connection Between Score Matching and Denoising Autoencoders"), and of noise alone that is
+the mean of all pictures, of a class when it is told. So one call should draw the mean picture of
+each class, the same for every noise; what makes kinds and edges are the calls in between, which
+decide little by little. A trained run draws in 1, 2, 5, 10 and 50 calls: FD-Lite0, coverage;
+sharpness, the variance of the Laplacian of the grey picture in [0, 1]; the root mean squared
+difference from the mean training picture of its class; and how far pictures of a class are apart
+(the deviation of a pixel within it), in grey levels.
 
-    OMP_NUM_THREADS=1 python benchmarks/claims/schedules.py --run runs/claims/triangle/quick-diffusion
+    python benchmarks/claims/schedules.py --run runs/claims/triangle/quick-diffusion
 
 Refuted if linear betas with the noise target are not behind the best at the end, or if the best
 three are neither straight nor preconditioned; of the single step, if its pictures are nearer to
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, help="of diffusion by class, to draw in few calls")
     parser.add_argument("--data", default="fashion-mnist", help="what it was trained on")
     parser.add_argument("--images", type=int, default=15_000, help="training of each combination")
-    parser.add_argument("--probes", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of Euler's method, at a probe")
+    parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12, help="of Euler's method, at a probe")
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 5, 10, 50])
     parser.add_argument("--n", type=int, default=1000, help="pictures drawn each time")
     given = common.parse(parser, TINY, argv)
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda images: {**distance.scores(images), **blur(images, label, mean)},
             shown=20,
         )
-    rows = np.concatenate([np.flatnonzero(test.label == k)[: given.n // 10] for k in range(len(mean))])
+    each = given.n // len(mean)
+    rows = np.concatenate([np.flatnonzero(test.label == k)[:each] for k in range(len(mean))])
     real = torch.from_numpy(np.array(test.images[rows]))
     real_label = torch.from_numpy(test.label[rows])
     kept("real", lambda: blur(real, real_label, mean))
