@@ -21,8 +21,8 @@ difference from the mean training picture of its class; and how far pictures of 
 
     python benchmarks/claims/schedules.py --run runs/claims/triangle/quick-diffusion
 
-Refuted if linear betas with the noise target are not behind the best at the end, or if the best
-three are neither straight nor preconditioned; of the single step, if its pictures are nearer to
+Refuted if linear betas with the noise target are not behind the best at the end, or if none of
+the best three is straight or preconditioned; of the single step, if its pictures are nearer to
 those of 50 calls than to the mean of their class in how far they are apart, or in distance.
 """
 
@@ -45,8 +45,8 @@ TINY = {"images": 64, "probes": 2, "n": 8, "steps": 2, "calls": [1, 3]}
 
 def side(schedule: str, target: str, times: str, *more: str) -> Side:
     """Return `quick-diffusion` with another schedule, target and times."""
-    parts = [f"model.schedule={{type=\"diffusion.schedules.{schedule}}}", f"model.target={target}"]
-    times = f"model.times={{type=\"diffusion.times.{times}}}"
+    parts = [f'model.schedule={{type="diffusion.schedules.{schedule}}}', f"model.target={target}"]
+    times = f'model.times={{type="diffusion.times.{times}}}'
     return Side("quick-diffusion", [*parts, times, "train.schedule=constant", *more])
 
 
