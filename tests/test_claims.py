@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +85,8 @@ def test_mamba_scaling(tmp_path, monkeypatch, capsys):
 
 
 def test_guidance(run, data, capsys):
-    found = check_twice(capsys, "guidance", 5, "--run", run, "--data", data)
-    assert set(found) == {"0", "1", "3", "3 within", "real"}
+    found = check_twice(capsys, "guidance", 6, "--run", run, "--data", data)
+    assert set(found) == {"0", "1", "3", "3 within", "1, other seeds", "real"}
 
 
 def test_backbones(data, capsys):

@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda images: {},
             shown=20,
         )
-    found = {
-        way: [common.probes(one) for one in trained.values()] for way, trained in runs.items()
-    }
+    found = {way: [common.probes(one) for one in trained.values()] for way, trained in runs.items()}
     kept.found["probes"] = found
 
     work = {way: common.operations(one) for way, one in first.items()}

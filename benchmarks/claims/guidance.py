@@ -8,8 +8,9 @@ is smaller and lies at a larger scale.
 
 One trained model draws the same seeds at every scale, in the same number of steps (two network
 calls each where it is guided): 0 leaves the class out, 1 follows it, above that it is overdone; and
-each scale above 1 again within an interval of sigma / alpha. EfficientNet-Lite0 compares the
-pictures with the test pictures. No training.
+each scale above 1 again within an interval of sigma / alpha; scale 1 once more with other seeds, to
+tell how far chance moves the numbers. EfficientNet-Lite0 compares the pictures with the test
+pictures. No training.
 
     python benchmarks/claims/guidance.py --run runs/claims/triangle/quick-diffusion
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for scale in given.scales
         if scale > 1
     }
+    ways["1, other seeds"] = {"guidance": 1.0, "seed": given.n}
     found = {
         way: kept.draw(
             way,
