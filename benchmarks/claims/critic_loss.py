@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     train, test = (pictures.load(given.data, split=s, multiple=4) for s in ("train", "test"))
-    probe = common.Distance(test.images).probe(given.n)
+    probe = common.Distance(test).probe(given.n)
 
     rows = []
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")

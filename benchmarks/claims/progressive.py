@@ -57,7 +57,7 @@ def main() -> None:
         pictures.load(given.data, split=split, size=given.size, multiple=4)
         for split in ("train", "test")
     )
-    distance = common.Distance(test.images)
+    distance = common.Distance(test)
     probe = distance.probe(given.n)
 
     traces: dict[str, list[Trace]] = {side: [] for side in SIDES}

@@ -37,7 +37,7 @@ def main() -> None:
     trained = trilemma.load(given.run)
     side = trained.data["shape"][1]
     test = pictures.load(given.data, split="test", size=side)
-    distance = common.Distance(test.images)
+    distance = common.Distance(test)
     found: dict[tuple[str, int], float] = {}
     for name in given.solvers:
         for calls in [*given.calls, *[given.long] * (name == "ddpm" and given.long > 0)]:
