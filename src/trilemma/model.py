@@ -42,7 +42,14 @@ class Phase:
 
 
 class Model(nn.Module, ABC):
-    """A family of generators: its networks, its losses, its way to sample."""
+    """A family of generators: its networks, its losses, its way to sample.
+
+    Attributes:
+        training_only: arguments, and the modules of that name, that nothing but training needs: a
+            teacher. A run's state has them, the model that is shared has not.
+    """
+
+    training_only: Sequence[str] = ()
 
     @abstractmethod
     def phases(self) -> list[Phase]:
@@ -167,6 +174,15 @@ class TellsClasses(Protocol):
         self, condition: Condition, shape: Sequence[int], schedule: Any
     ) -> Callable[[Tensor, float], Tensor]:
         """Return (x_t (B, *shape), t) -> log p(label | x_t) (B,) in another model's schedule."""
+        ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A model that has something to do before training begins, when its frozen parts are there."""
+
+    def begin(self) -> None:
+        """Take weights from a frozen part."""
         ...
 
 
