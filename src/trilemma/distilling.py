@@ -23,6 +23,7 @@ from trilemma.training import train
 
 METHODS = {
     "consistency": "Song et al. 2023; Geng et al. 2024",
+    "adversarial": "Kim et al. 2024; Sauer et al. 2023",
     "progressive": "Salimans & Ho 2022",
     "reflow": "Liu, Gong, Liu 2023",
 }
@@ -151,6 +152,7 @@ def student(
         guidance: of the teacher.
     """
     theirs = teacher.recipe
+    assert isinstance(teacher.model, Diffusion)
     left = ("type", "weight", "loss", "uncertainty", "pairing", "dequantise")
     model = {"type": "models.diffusion.Diffusion"}
     model |= {key: _plain(value) for key, value in theirs["model"].items() if key not in left}
@@ -163,6 +165,17 @@ def student(
     _never_dropped(model.get("conditioner", {}))
     own: dict[str, Any] = {
         "consistency": {"type": "models.consistency.Consistency", "gap": 0.5},
+        "adversarial": {
+            "type": "models.consistency.Consistency",
+            "gap": 0.5,
+            "steps": steps,
+            "critic": {
+                "type": "networks.dcgan.Critic",
+                "shape": list(teacher.model.codec.shape),
+                "classes": teacher.model.conditioner.classes,
+                "norm": "none",
+            },
+        },
         "progressive": {"type": "models.distillation.Progressive", "steps": steps},
         "reflow": {"type": "models.distillation.Reflow", "steps": steps},
     }[method]
@@ -177,6 +190,7 @@ def student(
     settings |= {"images": max(teacher.progress["seen"] // 2, 1)}
     sample: dict[str, Any] = {
         "consistency": {"solver": "consistency"},
+        "adversarial": {"solver": "consistency"},
         "progressive": {"solver": "ddim", "grid": "even_share"},
         "reflow": {"solver": "euler"},
     }[method]

@@ -271,7 +271,7 @@ def sample(
 def distill(
     run: Run,
     to: Annotated[int, typer.Option(help="Steps of the student, each a network call.")],
-    method: Annotated[str, typer.Option(help="consistency, progressive or reflow.")] = (
+    method: Annotated[str, typer.Option(help="consistency, adversarial, progressive or reflow.")] = (
         "consistency"
     ),
     data: Annotated[

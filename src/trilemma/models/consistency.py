@@ -24,21 +24,37 @@ With shares of noise u = sigma / (alpha + sigma),
 At gap 1, x_r is the picture and this is denoising, with which it begins. The size of an error e of
 F is sqrt(e^2 + c^2) - c for each picture (the pseudo-Huber distance of Song & Dhariwal 2024,
 "Improved Techniques for Training Consistency Models", section 3.3).
+
+With a critic D, pictures from the times at which sampling asks for them must also look real:
+
+    + weight s(-D(f(x_t, t))),      D lowers s(-D(x_0)) + s(D(f(x_t, t))) + w |grad D(x_0)|^2
+
+with the softplus s and R1 (`models.gan`): Kim et al. 2024, "Consistency Trajectory Models: Learning
+Probability Flow ODE Trajectory of Diffusion", and Sauer et al. 2023, "Adversarial Diffusion
+Distillation", add such a term to distillation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from trilemma.batch import Batch, Rng
+from trilemma.diffusion.grids import even_share
 from trilemma.diffusion.schedules import Schedule
 from trilemma.diffusion.times import LogNormal
 from trilemma.model import Frozen, Losses, Phase
 from trilemma.models.diffusion import Diffusion
 from trilemma.models.distillation import Objective, ddim_step, levels, per_output, within
+from trilemma.models.gan import gradient_norms
+from trilemma.networks.layers import one_hot
+
+R1_WEIGHT, R1_SHARE = 0.5, 0.25  # of the penalty, and of the pictures on which it is taken
 
 
 class Consistency(Objective):
@@ -52,6 +68,9 @@ class Consistency(Objective):
         smallest: below which it does not fall.
         times: at which to begin; LogNormal(0, 2) if None, which reaches all noise.
         huber: c, for the root of an error's mean square.
+        critic: maps x (B, C, H, W) and one-hot classes to scores (B,): networks.dcgan.Critic, say.
+        weight: of the critic's word.
+        steps: at whose times, on the grid even_share, it looks; a half of all times are these.
     """
 
     name = "consistency"
@@ -65,6 +84,9 @@ class Consistency(Objective):
         smallest: float = 0.01,
         times: Callable[[Rng, Schedule], Tensor] | None = None,
         huber: float = 0.001,
+        critic: nn.Module | None = None,
+        weight: float = 0.2,
+        steps: int = 1,
     ) -> None:
         super().__init__(teacher, guidance)
         if not 0 < smallest <= gap <= 1 or halving < 1:
@@ -75,9 +97,12 @@ class Consistency(Objective):
         self.first, self.halving, self.smallest = gap, halving, smallest
         self.times = times or LogNormal(0.0, 2.0)
         self.huber = huber
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; expected at least 1")
+        self.critic, self.weight, self.steps = critic, weight, steps
 
-    def phase(self, model: Diffusion) -> Phase:
-        """Return the one phase, as every objective does.
+    def phases(self, model: Diffusion) -> list[Phase]:
+        """Return the critic's turn, where there is one, and the student's.
 
         Raises:
             ValueError: the target is the picture, so that f(x_0, 0) would be the network's word.
@@ -88,7 +113,9 @@ class Consistency(Objective):
                 "target 'image' leaves x_0 without noise to the network, and a consistency model "
                 "must give it back; use straight, velocity or preconditioned"
             )
-        return super().phase(model)
+        critic = partial(self.critic_loss, model)
+        first = [] if self.critic is None else [Phase("critic", critic, [self.critic])]
+        return first + super().phases(model)
 
     def gap(self, seen: int) -> float:
         """Return the share by which r has less noise than t after so many images."""
@@ -99,24 +126,60 @@ class Consistency(Objective):
         rng = batch.rng
         x0 = model.codec.encode(batch.image)
         t = self.times(rng, model.schedule)  # (B,)
+        looked_at = torch.zeros_like(t)
+        if self.critic is not None:
+            looked_at = (rng.uniform() < 0.5).to(t.dtype)
+            t = torch.where(looked_at > 0, self._starts(model, rng), t)
         noise = rng.normal(*x0.shape[1:])
         alpha, sigma = levels(model, t, x0)
         x = alpha * x0 + sigma * noise
         r = nearer(model.schedule, t, self.gap(batch.seen))
+        condition = self.told(model, batch)
+        embedded = model.conditioner(condition, rng if self.teacher is None else None)
         if self.teacher is None:
-            embedded = model.conditioner(batch.condition, rng, batch.image)
             alpha_r, sigma_r = levels(model, r, x)
             y = alpha_r * x0 + sigma_r * noise
         else:
-            condition = self.told(batch)
-            embedded = model.conditioner(condition)
             with torch.no_grad():
                 y = ddim_step(model, x, self.expected(x, t, condition), t, r)
-        guess = model.denoise(x, t, embedded)
+        guess = model.denoise(x, t, embedded)  # first: autocast keeps weights as first cast
         with torch.no_grad():
             target = within(model, model.denoise(y, r, embedded))
         error = ((guess - target) * per_output(model, t, x)).flatten(1).square().mean(1)
-        return {"loss": ((error + self.huber**2).sqrt() - self.huber).mean()}
+        loss = ((error + self.huber**2).sqrt() - self.huber).mean()
+        if self.critic is None:
+            return {"loss": loss}
+        score = self.critic(guess, self._label(model, batch))
+        real = 2 * (looked_at * F.softplus(-score)).mean()
+        return {"loss": loss + self.weight * real, "distance": loss, "unreal": real}
+
+    def critic_loss(self, model: Diffusion, batch: Batch) -> Losses:
+        """Tell the student's pictures from real ones."""
+        critic, rng, label = cast(nn.Module, self.critic), batch.rng, self._label(model, batch)
+        x0 = model.codec.encode(batch.image)
+        condition = self.told(model, batch)
+        with torch.no_grad():
+            t = self._starts(model, rng)
+            alpha, sigma = levels(model, t, x0)
+            x = alpha * x0 + sigma * rng.normal(*x0.shape[1:])
+            embedded = model.conditioner(condition, rng if self.teacher is None else None)
+            fake = model.denoise(x, t, embedded)
+        real, drawn = critic(x0, label), critic(fake, label)
+        chosen = rng.uniform() < R1_SHARE
+        told = label[chosen]
+        steep = gradient_norms(lambda x: critic(x, told), x0[chosen]).sum() / (R1_SHARE * len(x0))
+        loss = (F.softplus(-real) + F.softplus(drawn)).mean()
+        correct = ((real > 0).float().mean() + (drawn < 0).float().mean()) / 2
+        return {"loss": loss + R1_WEIGHT * steep, "correct": correct, "penalty": steep.detach()}
+
+    def _starts(self, model: Diffusion, rng: Rng) -> Tensor:
+        """Draw (B,) of the times at which sampling asks for pictures."""
+        times = even_share(model.schedule, self.steps).to(rng.device, torch.float32)
+        return times[rng.integers(self.steps)]
+
+    def _label(self, model: Diffusion, batch: Batch) -> Tensor:
+        classes = model.conditioner.classes
+        return one_hot(batch.condition.label, classes, len(batch), batch.image.device)
 
 
 def nearer(schedule: Schedule, t: Tensor, gap: float) -> Tensor:

@@ -135,9 +135,9 @@ class Diffusion(Model):
             self.objective.begin(self)
 
     def phases(self) -> list[Phase]:
-        """Return the one phase: denoising, or the objective's."""
+        """Return the one phase, denoising, or those of the objective."""
         if self.objective is not None:
-            return [self.objective.phase(self)]
+            return self.objective.phases(self)
         modules = [self.network, self.conditioner]
         if self.uncertainty is not None:
             modules.append(self.uncertainty)

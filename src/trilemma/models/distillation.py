@@ -67,8 +67,8 @@ class Objective(nn.Module, ABC):
         """The teacher, where there is one."""
         return cast(Diffusion, cast(Frozen, self.teacher).module)
 
-    def phase(self, model: Diffusion) -> Phase:
-        """Return the student's phase.
+    def phases(self, model: Diffusion) -> list[Phase]:
+        """Return the student's phase, and those of what learns beside it.
 
         Raises:
             ValueError: the student's schedule is not the teacher's and must be.
@@ -81,7 +81,7 @@ class Objective(nn.Module, ABC):
                     f"the teacher's schedule is another {type(self.taught.schedule).__name__} than "
                     "the student's; give the student the same [model.schedule]"
                 )
-        return Phase(self.name, partial(self.loss, model), [model.network, model.conditioner])
+        return [Phase(self.name, partial(self.loss, model), [model.network, model.conditioner])]
 
     def begin(self, model: Diffusion) -> None:
         """Give a student what fits of the teacher's weights: network, conditioner, codec."""
@@ -97,9 +97,9 @@ class Objective(nn.Module, ABC):
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Return the student's error on a batch."""
 
-    def told(self, batch: Batch) -> Condition:
+    def told(self, model: Diffusion, batch: Batch) -> Condition:
         """Return what teacher and student are both told: the condition, and a source made once."""
-        source = source_of(self.taught)
+        source = source_of(model.conditioner)
         if source is None:
             return batch.condition
         made = SOURCES[source.kind](batch.image, batch.rng, source.factor)
@@ -134,7 +134,7 @@ class Progressive(Objective):
 
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Return the squared error of the student's output at the beginnings of its steps."""
-        condition = self.told(batch)
+        condition = self.told(model, batch)
         x0 = model.codec.encode(batch.image)
         step = batch.rng.integers(self.steps)
         times = even_share(model.schedule, 2 * self.steps).to(x0.device, torch.float32)
@@ -208,7 +208,7 @@ class Reflow(Objective):
 
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Return the squared error of the student's output on the lines of new pairs."""
-        condition = self.told(batch)
+        condition = self.told(model, batch)
         noise, x0 = self.pairs(condition, batch.rng)
         if self.steps is None:
             t = batch.rng.uniform()
