@@ -110,8 +110,7 @@ def test_the_nearer_point_has_a_share_less_of_noise(name):
     for gap in (0.01, 0.5, 1.0):
         r = nearer(schedule, t, gap)
         share, less = (
-            sigma / (alpha + sigma)
-            for alpha, sigma in (schedule(each.double()) for each in (t, r))
+            sigma / (alpha + sigma) for alpha, sigma in (schedule(each.double()) for each in (t, r))
         )
         torch.testing.assert_close(less, (1 - gap) * share, rtol=1e-3, atol=1e-6)
 
@@ -125,7 +124,7 @@ def test_the_gap_begins_at_denoising_and_falls_with_the_images_seen():
 
 @pytest.mark.parametrize("name", ["straight", "linear", "ve", "vp"])
 def test_distillation_has_the_known_map_for_its_answer(name):
-    """On Gaussian data with an exact teacher: nothing is left to learn, but for the step's error."""
+    """On Gaussian data with an exact teacher: no loss is left, but for the step's error."""
     schedule = SCHEDULES[name]
     losses = {}
     for gap in (0.1, 0.01):
@@ -149,7 +148,9 @@ def test_the_first_loss_without_a_teacher_is_denoising():
     x = alpha * given.image + sigma * noise
     guess = student.denoise(x, t, student.conditioner(given.condition))
     size = ((guess - given.image) * (alpha + sigma) / sigma).flatten(1).square().mean(1).sqrt()
-    assert objective.loss(student, given)["loss"].item() == pytest.approx(size.mean().item(), abs=2e-4)
+    assert objective.loss(student, given)["loss"].item() == pytest.approx(
+        size.mean().item(), abs=2e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["straight", "linear", "ve"])
@@ -186,7 +187,7 @@ def test_a_progressive_target_ends_where_two_ddim_steps_do(name, steps):
             list(solvers.SOLVERS["ddim"].steps(denoise, x.double(), grid, schedule, None))[-1]
             for denoise, grid in (
                 (lambda x, t: exact_denoiser(schedule)(x.flatten(1), t).view(-1, *SHAPE), path),
-                (lambda x, t: x0.double(), path[[0, 2]]),
+                (lambda x, t, x0=x0: x0.double(), path[[0, 2]]),
             )
         )
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)

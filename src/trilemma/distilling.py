@@ -154,7 +154,7 @@ def student(
     theirs = teacher.recipe
     assert isinstance(teacher.model, Diffusion)
     left = ("type", "weight", "loss", "uncertainty", "pairing", "dequantise")
-    model = {"type": "models.diffusion.Diffusion"}
+    model: dict[str, Any] = {"type": "models.diffusion.Diffusion"}
     model |= {key: _plain(value) for key, value in theirs["model"].items() if key not in left}
     if "dropout" in model["network"]:
         model["network"]["dropout"] = 0.0

@@ -271,9 +271,9 @@ def sample(
 def distill(
     run: Run,
     to: Annotated[int, typer.Option(help="Steps of the student, each a network call.")],
-    method: Annotated[str, typer.Option(help="consistency, adversarial, progressive or reflow.")] = (
-        "consistency"
-    ),
+    method: Annotated[
+        str, typer.Option(help="consistency, adversarial, progressive or reflow.")
+    ] = ("consistency"),
     data: Annotated[
         str | None, typer.Option(help="Pictures to train on.", show_default="the teacher's")
     ] = None,
