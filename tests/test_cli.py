@@ -56,7 +56,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize(
     "command", ["", "models", "train", "sample", "evaluate", "compare", "data", "data check",
                 "edit", "edit reconstruct", "edit interpolate", "edit arithmetic", "score",
-                "translate", "upscale", "tune-steps"]
+                "translate", "upscale", "tune-steps", "distill"]
 )  # fmt: skip
 def test_every_help_reads(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -82,6 +82,15 @@ def test_train_and_sample(run, folder, tmp_path):
     assert code == 1 and "already holds a run" in err and "Traceback" not in err
     code, out, _ = run("train", "ddpm", *more, "--resume", "--json")
     assert code == 0 and json.loads(out)["step"] == 2
+
+
+def test_distill(run, folder, trained, tmp_path):
+    more = ["--data", folder, "--out", tmp_path / "student", "--images", 8, "--json"]
+    code, out, err = run("distill", trained, "--to", 1, "--method", "reflow", *more)
+    assert code == 0, err
+    assert json.loads(out)["recipe"] == f"{NAME}-reflow-1"
+    code, out, err = run("distill", trained, "--to", 0)
+    assert code == 1 and "at least 1 step" in err and out == ""
 
 
 def test_pictures_carry_their_recipe(run, trained, tmp_path):

@@ -42,7 +42,14 @@ class Phase:
 
 
 class Model(nn.Module, ABC):
-    """A family of generators: its networks, its losses, its way to sample."""
+    """A family of generators: its networks, its losses, its way to sample.
+
+    Attributes:
+        training_only: arguments, and the modules of that name, that nothing but training needs: a
+            teacher. A run's state has them, the model that is shared has not.
+    """
+
+    training_only: Sequence[str] = ()
 
     @abstractmethod
     def phases(self) -> list[Phase]:
@@ -206,6 +213,15 @@ class DrawsEmbeddings(Protocol):
 
     def draw(self, condition: Condition, rng: Rng, **options: Any) -> Tensor:
         """Draw unit vectors (B, D) for the texts of a condition, one stream of `rng` each."""
+        ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A model that has something to do before training begins, when its frozen parts are there."""
+
+    def begin(self) -> None:
+        """Take weights from a frozen part."""
         ...
 
 

@@ -28,7 +28,8 @@ class Run:
 
     Attributes:
         model: in training.
-        average: its averaged weights, in evaluation mode: what is sampled and shared.
+        average: its averaged weights, in evaluation mode: what is sampled and shared, without what
+            only training needs.
         phases: of the model.
         optimizers: one for each phase, by the phase's name.
         rates: their learning rates before warm-up and schedule.
@@ -65,6 +66,8 @@ class Run:
         except ValueError as error:  # something it learns with is missing
             raise UserError(f"{spec['run']['recipe']} cannot be trained: {error}") from error
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        for part in model.training_only:
+            setattr(self.average, part, None)
         self.optimizers = {phase.name: self._optimizer(phase) for phase in self.phases}
         self.rates = {
             name: [group["lr"] for group in optimizer.param_groups]
@@ -98,13 +101,22 @@ class Run:
         """Move the averaged weights by an exponential average with a half-life in images."""
         halflife = min(self.settings.ema_halflife, self.progress.seen * self.settings.ema_rampup)
         weight = 1.0 - 0.5 ** (images / halflife) if halflife else 1.0
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
-        for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            mean.copy_(value)
+        learned, kept = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        means = dict(self.average.named_parameters())
+        torch._foreach_lerp_(list(means.values()), [learned[name] for name in means], weight)
+        for name, mean in self.average.named_buffers():
+            mean.copy_(kept[name])
 
     def trained(self) -> Trained:
         """Return the model so far, with its averaged weights."""
-        return Trained(self.average, self.spec, self._data(), asdict(self.progress), self.out)
+        spec, progress = self._shared(), asdict(self.progress)
+        return Trained(self.average, spec, self._data(), progress, self.out)
+
+    def _shared(self) -> dict[str, Any]:
+        """Return the recipe of what is sampled and shared: without what only training needs."""
+        left = self.model.training_only
+        model = {key: value for key, value in self.spec["model"].items() if key not in left}
+        return {**self.spec, "model": model}
 
     def _data(self) -> dict[str, Any]:
         data = self.data
@@ -147,7 +159,8 @@ class Run:
         checkpoint.write(
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
         )
-        checkpoint.write(self.out / "model.safetensors", self.average.state_dict(), about)
+        shared = {**about, "recipe": self._shared()}
+        checkpoint.write(self.out / "model.safetensors", self.average.state_dict(), shared)
 
     def restore(self, keep_length: bool) -> None:
         """Take up the state in the run folder, and its length too if `keep_length`.

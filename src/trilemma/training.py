@@ -40,7 +40,7 @@ from trilemma.data import Dataset, batches
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Frozen, Losses, Measures, Model, Phase
+from trilemma.model import Begins, Frozen, Losses, Measures, Model, Phase
 from trilemma.run import Run, start_from
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -145,6 +145,8 @@ def train(
     if not resume:
         load_frozen(model)
         measure(model, data)
+        if init is None and isinstance(model, Begins):
+            model.begin()
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)

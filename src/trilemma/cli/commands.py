@@ -317,6 +317,62 @@ def sample(
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
 
 
+@app.command()
+def distill(
+    run: Run,
+    to: Annotated[int, typer.Option(help="Steps of the student, each a network call.")],
+    method: Annotated[
+        str, typer.Option(help="consistency, adversarial, progressive or reflow.")
+    ] = ("consistency"),
+    data: Annotated[
+        str | None, typer.Option(help="Pictures to train on.", show_default="the teacher's")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The student's folder.", show_default="RUN-METHOD-TO")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="That the student learns to draw with.", show_default="the teacher's"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Train for this long: 90s, 10m, 1h30m.")
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Or for so many images.", show_default="half the teacher's"),
+    ] = None,
+    seed: Seed = 0,
+    changes: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student that draws in a few steps what a diffusion model draws in many."""
+    from trilemma import distilling
+
+    trained = distilling.distill(
+        run,
+        to,
+        method=method,
+        guidance=guidance,
+        data=data,
+        out=out,
+        budget=None if budget is None else duration(budget),
+        images=None if images is None else number(images),
+        seed=seed,
+        overrides=tuple(changes or ()),
+        resume=resume,
+        device_name=device,
+    )
+    if as_json:
+        say({"run": str(trained.path), "recipe": trained.name, **trained.progress})
+    else:
+        screen.print(
+            f"next: trilemma sample {trained.path} -n 64 --out {trained.path}/pictures",
+            soft_wrap=True,
+        )
+
+
 @app.command("tune-steps")
 def tune_steps(
     run: Run,

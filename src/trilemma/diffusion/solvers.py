@@ -15,6 +15,8 @@ Here are those that look at one step alone; `multistep` has those that remember.
   "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1, with s_churn
   algorithm 2 (both there in the unscaled frame).
 
+- consistency: Song, Dhariwal, Chen, Sutskever 2023, "Consistency Models", algorithm 1.
+
 A solver is no better than its times: each has its own default grid in `SOLVERS`.
 """
 
@@ -149,6 +151,21 @@ def euler(
         yield x
 
 
+def consistency(
+    denoise: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, rng: Rng
+) -> Iterator[Tensor]:
+    """Step to x_0 and put all noise of the next level on it anew.
+
+    For consistency models, whose x_0 is a picture and not the mean of those that may lie behind;
+    of any other model the pictures would be smooth.
+    """
+    for level, after in steps(schedule, times):
+        x = after.alpha * denoise(x, level.t)
+        if after.sigma:
+            x = x + after.sigma * rng.normal(*x.shape[1:])
+        yield x
+
+
 def heun(
     denoise: Denoiser,
     x: Tensor,
@@ -262,6 +279,7 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, even_time),
     "euler": Solver(euler, even_share),
     "euler_ancestral": Solver(euler_ancestral, karras, stochastic=True),
+    "consistency": Solver(consistency, even_share, stochastic=True),
     "heun": Solver(heun, karras, calls=2, extra=-1),
     "pndm": Solver(pndm, even_time, extra=9),
     "ipndm": Solver(ipndm, even_time),

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ from trilemma.diffusion.times import Uniform
 from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded, check_shape
+
+if TYPE_CHECKING:
+    from trilemma.models.distillation import Objective
 
 SOLVER, STEPS = "dpmpp_2m", 20  # of `sample`, if nothing is said
 INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
@@ -71,11 +74,14 @@ class Diffusion(Model):
         pairing: of noise with pictures: independent, or optimal (see `diffusion.pairing`).
         learn_variance: the network says the variance of a step too, in as many channels again.
         dequantise: spread the pictures' levels over their cells, so that they have a density.
+        objective: what is learned instead of denoising: consistency, or a teacher's steps.
 
     Attributes:
         discrete: times are those of T steps; then the likelihood is a bound over the steps.
         share: where the last `denoise` saw the variance between small (0) and large (1).
     """
+
+    training_only = ("objective",)
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class Diffusion(Model):
         pairing: str = "independent",
         learn_variance: bool = False,
         dequantise: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.codec = codec
@@ -106,6 +113,7 @@ class Diffusion(Model):
         self.uncertainty = uncertainty
         self.pair = PAIRINGS[_known("pairing", pairing, PAIRINGS)]
         self.learn_variance, self.dequantise = learn_variance, dequantise
+        self.objective = objective
         self.share: Tensor | None = None
         self.steps = self.times.steps if isinstance(self.times, Uniform) else None
         if learn_variance and self.steps is None:
@@ -121,8 +129,15 @@ class Diffusion(Model):
                 f"{type(self.schedule).__name__} leaves none of it; use velocity or straight"
             )
 
+    def begin(self) -> None:
+        """Take a teacher's weights, where there is one."""
+        if self.objective is not None:
+            self.objective.begin(self)
+
     def phases(self) -> list[Phase]:
-        """Return the one phase: denoising."""
+        """Return the one phase, denoising, or those of the objective."""
+        if self.objective is not None:
+            return self.objective.phases(self)
         modules = [self.network, self.conditioner]
         if self.uncertainty is not None:
             modules.append(self.uncertainty)
@@ -183,9 +198,9 @@ class Diffusion(Model):
         self.share = None if share is None else share.detach()
         return output
 
-    def denoise(self, x: Tensor, t: float, embedded: Embedded) -> Tensor:
-        """Return the x_0 (B, ...) that the network expects behind x_t at one time t."""
-        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+    def denoise(self, x: Tensor, t: float | Tensor, embedded: Embedded) -> Tensor:
+        """Return the x_0 (B, ...) that the network expects behind x_t, at one t or times (B,)."""
+        time = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         alpha, sigma = (_like(v, x) for v in self.schedule(time))
         output = self._network(x, time, alpha, sigma, embedded)
         return clean(x, output, alpha, sigma, self.target(alpha, sigma))
