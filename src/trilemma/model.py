@@ -181,8 +181,8 @@ class TellsClasses(Protocol):
 class Begins(Protocol):
     """A model that has something to do before training begins, when its frozen parts are there."""
 
-    def begin(self) -> None:
-        """Take weights from a frozen part."""
+    def begin(self) -> bool:
+        """Take weights from a frozen part; return whether nothing is left to be measured."""
         ...
 
 
