@@ -130,7 +130,7 @@ class Diffusion(Model):
             )
 
     def begin(self) -> bool:
-        """Take a teacher's weights, where there is one; return whether the codec's are among them."""
+        """Take a teacher's weights, if there is one; return whether the codec's are among them."""
         return self.objective is not None and self.objective.begin(self)
 
     def phases(self) -> list[Phase]:

@@ -84,7 +84,7 @@ class Objective(nn.Module, ABC):
         return [Phase(self.name, partial(self.loss, model), [model.network, model.conditioner])]
 
     def begin(self, model: Diffusion) -> bool:
-        """Give a student what fits of the teacher's weights; return whether its codec is among it."""
+        """Give a student what fits of the teacher's weights; return whether the codec's do."""
         if self.teacher is None:
             return False
         fitting = set()
