@@ -335,6 +335,24 @@ def test_a_student_of_the_noise_predicts_the_straight_target(data, tmp_path):
     assert math.isfinite(made.sample(2).float().mean())
 
 
+def test_a_student_of_latents_needs_no_first_stage_but_its_teachers(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {name: tiny.overrides(name) for name in ("kl-f4", "latent-diffusion")}
+    training.train(
+        "kl-f4", data, out="runs/kl-f4", steps=1, quiet=True, overrides=changes["kl-f4"]
+    )
+    training.train(
+        "latent-diffusion", data, out="latent", steps=1, quiet=True,
+        overrides=changes["latent-diffusion"],
+    )  # fmt: skip
+    shutil.rmtree("runs/kl-f4")
+    distill("latent", 1, data=data, out="s", images=8, quiet=True)
+    own, theirs = checkpoint.read_model("s")[0], checkpoint.read_model("latent")[0]
+    codec = [name for name in theirs if name.startswith("codec.")]
+    assert codec and all(torch.equal(own[name], theirs[name]) for name in codec)
+    assert sampling.load("s").sample(2).shape == (2, *data.shape)
+
+
 def test_what_cannot_be_distilled_is_named(data, teacher, tmp_path):
     with pytest.raises(UserError, match="--to is 0.*at least 1 step"):
         distill(teacher, 0)

@@ -96,8 +96,8 @@ def main() -> None:
     calls_with = "two passes" if scale != 1 else "one pass"
     common.publish(
         f"{teacher.name} after {teacher.progress['seen']:,} images, guidance {scale:g} "
-        f"({calls_with} of the teacher's network a call); students after {given.images:,} images each; "
-        f"seeds 0 to {given.n - 1}; FD-Lite0 to {len(test):,} test pictures, coverage of "
+        f"({calls_with} of the teacher's network a call); students after {given.images:,} images "
+        f"each; seeds 0 to {given.n - 1}; FD-Lite0 to {len(test):,} test pictures, coverage of "
         f"{given.n:,} of them; in the order of the rows of fewstep.png.",
         ("drawn by", "calls", "FD-Lite0", "of DDPM's", "coverage", "images/s", "of DDPM's"),
         [

@@ -220,8 +220,8 @@ class DrawsEmbeddings(Protocol):
 class Begins(Protocol):
     """A model that has something to do before training begins, when its frozen parts are there."""
 
-    def begin(self) -> None:
-        """Take weights from a frozen part."""
+    def begin(self) -> bool:
+        """Take weights from a frozen part; return whether nothing is left to be measured."""
         ...
 
 

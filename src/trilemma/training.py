@@ -144,9 +144,8 @@ def train(
         start_from(model, sampling.load(init, "cpu").model, str(init))
     if not resume:
         load_frozen(model)
-        measure(model, data)
-        if init is None and isinstance(model, Begins):
-            model.begin()
+        if not (init is None and isinstance(model, Begins) and model.begin()):
+            measure(model, data)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)

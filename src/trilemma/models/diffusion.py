@@ -129,10 +129,9 @@ class Diffusion(Model):
                 f"{type(self.schedule).__name__} leaves none of it; use velocity or straight"
             )
 
-    def begin(self) -> None:
-        """Take a teacher's weights, where there is one."""
-        if self.objective is not None:
-            self.objective.begin(self)
+    def begin(self) -> bool:
+        """Take a teacher's weights, if there is one; return whether the codec's are among them."""
+        return self.objective is not None and self.objective.begin(self)
 
     def phases(self) -> list[Phase]:
         """Return the one phase, denoising, or those of the objective."""

@@ -83,15 +83,18 @@ class Objective(nn.Module, ABC):
                 )
         return [Phase(self.name, partial(self.loss, model), [model.network, model.conditioner])]
 
-    def begin(self, model: Diffusion) -> None:
-        """Give a student what fits of the teacher's weights: network, conditioner, codec."""
+    def begin(self, model: Diffusion) -> bool:
+        """Give a student what fits of the teacher's weights; return whether the codec's do."""
         if self.teacher is None:
-            return
+            return False
+        fitting = set()
         for part in ("network", "conditioner", "codec"):
             own, theirs = getattr(model, part), getattr(self.taught, part).state_dict()
             shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}
             if shapes == {name: tensor.shape for name, tensor in theirs.items()}:
                 own.load_state_dict(theirs)
+                fitting.add(part)
+        return "codec" in fitting
 
     @abstractmethod
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
