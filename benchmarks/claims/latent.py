@@ -74,6 +74,7 @@ def fit(
     spent = filling = time.process_time() - start
     stream = batches(run.data, batch, seed=run.seed, kept=kept)
     trace: Trace = []
+    passed = 0
     while spent < seconds:
         start = time.process_time()
         part = next(stream)
@@ -87,8 +88,10 @@ def fit(
         run.progress.step += 1
         run.progress.seen += batch
         spent += time.process_time() - start
-        if look is not None and int(min(spent / seconds, 1) * looks + 1e-9) > len(trace):
+        due = int(min(spent / seconds, 1) * looks + 1e-9)
+        if look is not None and due > passed:
             trace.append((spent / 60, look(run)))
+            passed = due
     return trace, filling
 
 
