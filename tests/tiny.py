@@ -39,6 +39,14 @@ SMALL: dict[str, dict] = {
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
+    "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
+    "networks.text.TextTransformer": {
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "embedding": 4,
+        "context": 8,
+    },
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],
@@ -91,6 +99,23 @@ def repairs(name: str) -> bool:
 def classifies(name: str) -> bool:
     """Whether a packaged recipe tells classes, and draws nothing."""
     return recipe.load(name)["model"]["type"] == "models.classifier.Classifier"
+
+
+def matches(name: str) -> bool:
+    """Whether a packaged recipe tells which pictures and words go together, and draws nothing."""
+    return recipe.load(name)["model"]["type"] == "models.clip.CLIP"
+
+
+def reads_words(name: str) -> bool:
+    """Whether a packaged recipe needs pictures with captions."""
+    return "captions" in recipe.load(name)["about"]["needs"]
+
+
+def captioned(folder: Path) -> Path:
+    """Write the pictures of `pictures`, a caption beside each."""
+    for i, path in enumerate(sorted(pictures(folder).rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"{path.parent.name} number {i}")
+    return folder
 
 
 def domains(folder: Path) -> Path:

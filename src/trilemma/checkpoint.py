@@ -67,8 +67,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the trained model of a run folder, or of a file; returns and errors as `read`."""
+    """Read the trained model of a run folder, a file or a CLIP's folder; returns as `read`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     path = Path(run)
+    if (path / "config.json").is_file():  # of the Hugging Face hub
+        from trilemma.models import clip_keys
+
+        return clip_keys.read_folder(path)
     return read(path / "model.safetensors" if path.is_dir() else path)
 
 
