@@ -1,6 +1,8 @@
 """Captions: several of one picture, templates over what is known, and which is told when."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -182,5 +184,42 @@ def test_a_parquet_file_of_pictures(tmp_path):
     file.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is not a readable parquet file"):
         data.load(file)
-    with pytest.raises(UserError, match=r"a folder of pictures, or a \.zip or \.parquet"):
+    with pytest.raises(UserError, match=r"a folder of pictures, or a \.zip, \.parquet or \.tar"):
         named.find(str(tmp_path / "p" / "0.png"))
+
+
+def shard(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_webdataset_shards(tmp_path):
+    content = [path.read_bytes() for path in sorted(pictures(tmp_path / "p").glob("*.png"))]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shard(folder / "000.tar", {
+        "a.png": content[0], "a.txt": b"one\nfirst", "a.cls": b"0", "a.json": b'{"artist": "X"}',
+        "b.png": content[1], "b.txt": b"two", "b.cls": b"1", "b.json": b'{"artist": "Y"}',
+    })  # fmt: skip
+    shard(folder / "001.tar", {
+        "a.png": content[2], "a.json": b'{"caption": "three", "artist": "X"}', "a.cls": b"1",
+        "c.png": content[3], "c.json": b'{"caption": "four", "artist": "Z"}', "c.cls": b"0",
+    })  # fmt: skip
+    for source in (folder, folder / "{000..001}.tar"):
+        assert captions(str(source)) == [["one", "first"], ["two"], ["three"], ["four"]]
+    found = data.load(folder, split="all", captions=["by {artist}"])
+    assert found.label_names == ["0", "1"]
+    assert captions(folder, captions=["by {artist}"]) == [["by X"], ["by Y"], ["by X"], ["by Z"]]
+    assert captions(str(folder / "000.tar")) == [["one", "first"], ["two"]]
+    whole = (folder / "001.tar").read_bytes()
+    (folder / "001.tar").write_bytes(b"no tar" + whole[6:900])
+    cut = data.load(folder, split="all")
+    assert len(cut) == 2 and "damaged" in cut.skipped["001.tar"]
+    with pytest.raises(UserError, match=r"002\.tar is not there"):
+        data.load(str(folder / "{000..002}.tar"))
+    shard(folder / "001.tar", {"a.png": content[0], "a.json": b"{"})
+    with pytest.raises(UserError, match=r"001/a\.json: "):
+        data.load(folder)
