@@ -36,6 +36,13 @@ def test_classes():
     assert accuracy(vectors @ vectors.T, torch.arange(3)) == 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A tiny CLIP and the pictures it was trained on: red, green and blue ones, so named."""

@@ -71,8 +71,9 @@ def recognise_shards(files: Shards) -> Listing:
         raise UserError(_nothing(files, paths))
     tables = {path for path in paths if suffix(path) in METADATA_SUFFIXES}
     places = Listing("unlabelled", [Item(path) for path in pictures])
+    facts = Facts(tables=["json and cls files"], rows=files.rows(pictures))
     captions = _captions(pictures, tables, files)
-    return _combine(pictures, places, Facts(rows=files.rows(pictures)), captions)
+    return _combine(pictures, places, facts, captions)
 
 
 def recognise(files: Files) -> Listing:

@@ -28,8 +28,7 @@ from trilemma.data.cache import cache_root
 from trilemma.data.hub import Hub
 from trilemma.data.layouts import recognise, recognise_rows, recognise_shards
 from trilemma.data.listing import Folder, Item, Listing, Source, Zip
-from trilemma.data.shards import Shards
-from trilemma.data.shards import named as shards_named
+from trilemma.data.shards import Shards, shards_in, shards_named
 from trilemma.data.table import Parquet
 from trilemma.errors import UserError
 
@@ -107,7 +106,7 @@ def find(source: str | Path) -> Source:
         if name in NAMES and (place or text == name):
             return _named(name, Path(place).expanduser() if place else None)
     path = Path(source).expanduser()
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else shards_named(text)
+    shards = shards_in(path) if path.is_dir() else shards_named(text)
     if shards:
         return Shards(text, shards, recognise_shards)
     if path.is_dir():

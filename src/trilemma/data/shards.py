@@ -13,12 +13,29 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from trilemma.data.listing import LARGEST_FILE, Files, Recogniser, Unusable, is_hidden, stamp
+from trilemma.data.listing import (
+    LARGEST_FILE,
+    PICTURE_SUFFIXES,
+    Files,
+    Recogniser,
+    Unusable,
+    is_hidden,
+    stamp,
+    suffix,
+)
 from trilemma.data.metadata import Row
 from trilemma.errors import UserError
 
 
-def named(text: str) -> list[Path]:
+def shards_in(folder: Path) -> list[Path]:
+    """Return the tar files of a folder that holds neither pictures nor folders beside them."""
+    files = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    if any(path.is_dir() or suffix(path.name) in PICTURE_SUFFIXES for path in files):
+        return []
+    return [path for path in files if suffix(path.name) == ".tar"]
+
+
+def shards_named(text: str) -> list[Path]:
     """Return the tar files that `text` means: one, or all of `{0000..0127}.tar`; else none.
 
     Raises:

@@ -283,8 +283,9 @@ def _renamed(weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         value = tensor.T.contiguous() if name in _TURNED else tensor
         made[_ours(name, back, inside)] = value
     for name in [name for name in made if ".q_proj." in name]:
-        parts = [made.pop(name.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
-        made[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+        three = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        if all(part in made for part in three):
+            made[name.replace(".q_proj.", ".qkv.")] = torch.cat([made.pop(part) for part in three])
     return made
 
 
