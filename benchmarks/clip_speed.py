@@ -38,6 +38,7 @@ from trilemma.optim import OPTIMIZERS
 from trilemma.tokenizer import Tokenizer
 
 CONTEXT = 77
+UNUSED = ("torchvision", "torchvision.ops", "torchvision.ops.misc", "wcwidth")
 
 
 @dataclass
@@ -83,9 +84,7 @@ def theirs(args: argparse.Namespace, dtype: torch.dtype) -> Side:
     head = args.width // args.heads
     model = clip.CLIP(
         args.width,
-        clip.CLIPVisionCfg(
-            image_size=args.size, patch_size=args.patch, head_width=head, **sizes
-        ),
+        clip.CLIPVisionCfg(image_size=args.size, patch_size=args.patch, head_width=head, **sizes),
         clip.CLIPTextCfg(context_length=CONTEXT, heads=args.heads, **sizes),
     ).to(where)
     contrast = losses.ClipLoss()
@@ -106,7 +105,7 @@ def theirs(args: argparse.Namespace, dtype: torch.dtype) -> Side:
 
 
 def open_clip(module: str) -> ModuleType:
-    """Import a module of open_clip; without torchvision, of which only a class is named."""
+    """Import a module of open_clip; where torchvision is not there, without what goes unused."""
     if importlib.util.find_spec("torchvision") is not None or "open_clip" in sys.modules:
         return importlib.import_module(f"open_clip.{module}")
     found = importlib.util.find_spec("open_clip")
@@ -114,13 +113,14 @@ def open_clip(module: str) -> ModuleType:
         sys.exit("open_clip is not there: python -m pip install open-clip-torch")
     package = sys.modules["open_clip"] = ModuleType("open_clip")
     package.__path__ = [str(Path(found.origin).parent)]
-    for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc"):
-        sys.modules[name] = ModuleType(name)
-    sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = nn.BatchNorm2d  # type: ignore[attr-defined]
+    for name in UNUSED:
+        stub = sys.modules[name] = ModuleType(name)
+        stub.__dict__.update(FrozenBatchNorm2d=nn.BatchNorm2d, wcwidth=len, wcswidth=len)
     try:
         importlib.import_module("open_clip.utils")
+        importlib.import_module("open_clip.tokenizer")
     finally:
-        for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc"):
+        for name in UNUSED:
             del sys.modules[name]
     return importlib.import_module(f"open_clip.{module}")
 
@@ -134,7 +134,9 @@ def processor(where: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=64)
@@ -154,8 +156,8 @@ def main() -> None:
     counts = ", ".join(f"{sum(p.numel() for p in s.model.parameters()) / 1e6:.1f}" for s in sides)
     print(
         f"{processor(where)}; torch {torch.__version__}; {counts} M parameters; batch {args.batch} "
-        f"of 3x{args.size}x{args.size}, patch {args.patch}, width {args.width}, depth {args.depth}, "
-        f"median of {args.rounds} rounds"
+        f"of 3x{args.size}x{args.size}, patch {args.patch}, width {args.width}, "
+        f"depth {args.depth}; median of {args.rounds} rounds"
     )
     took: dict[str, list[float]] = {side.name: [] for side in sides}
     for round in range(-args.warmup, args.rounds):

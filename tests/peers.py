@@ -11,13 +11,13 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-VISION = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
+UNUSED = ("torchvision", "torchvision.ops", "torchvision.ops.misc", "wcwidth")
 
 
 def open_clip(module: str) -> ModuleType:
-    """Return a module of open_clip, without torchvision, of which it names only a class; or skip.
+    """Return a module of open_clip, or skip.
 
-    Its package imports more of torchvision, so its modules are imported without it.
+    Without what the modules name and do not use here: torchvision, and a part of ftfy's.
     """
     if "open_clip" not in sys.modules:
         found = importlib.util.find_spec("open_clip")
@@ -25,10 +25,11 @@ def open_clip(module: str) -> ModuleType:
             pytest.skip("open_clip is not installed")
         sys.modules["open_clip"] = ModuleType("open_clip")
         sys.modules["open_clip"].__path__ = [str(Path(found.origin).parent)]
-    absent = [name for name in VISION if name not in sys.modules]
+    absent = [name for name in UNUSED if name not in sys.modules]
     for name in absent:
-        sys.modules[name] = ModuleType(name)
-    sys.modules[VISION[-1]].FrozenBatchNorm2d = nn.BatchNorm2d
+        stub = sys.modules[name] = ModuleType(name)
+        stub.FrozenBatchNorm2d = nn.BatchNorm2d
+        stub.wcwidth = stub.wcswidth = len
     try:
         return importlib.import_module(f"open_clip.{module}")
     except ImportError as error:

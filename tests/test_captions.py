@@ -45,12 +45,11 @@ def test_several_captions_as_lists_in_jsonl(tmp_path):
 
 
 def test_several_captions_as_lists_in_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = (pytest.importorskip(f"pyarrow{part}") for part in ("", ".parquet"))
 
     folder = pictures(tmp_path / "p")
     table = pyarrow.table({"file_name": [f"{i}.png" for i in range(4)], "captions": ALL})
-    pyarrow.parquet.write_table(table, folder / "metadata.parquet")
+    parquet.write_table(table, folder / "metadata.parquet")
     assert captions(folder) == ALL
 
 
@@ -155,8 +154,7 @@ def test_templates_of_classes_and_of_named_sets(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_of_pictures(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = (pytest.importorskip(f"pyarrow{part}") for part in ("", ".parquet"))
 
     content = [path.read_bytes() for path in sorted(pictures(tmp_path / "p").glob("*.png"))]
     columns = {
@@ -168,7 +166,7 @@ def test_a_parquet_file_of_pictures(tmp_path):
     forms = [content, [{"bytes": each, "path": None} for each in content]]
     for number, form in enumerate(forms):
         file = tmp_path / f"emoji{number}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({**columns, "image": form}), file)
+        parquet.write_table(pyarrow.table({**columns, "image": form}), file)
         found = data.load(file, split="all")
         assert found.label_names == ["cold", "warm"] and found.text is None
         assert captions(file, captions=["name", "{keywords} {category}"]) == [
@@ -176,9 +174,9 @@ def test_a_parquet_file_of_pictures(tmp_path):
             ["violet", "flower warm"], ["pink", "warm warm"],
         ]  # fmt: skip
     form = [None, *content[1:]]
-    pyarrow.parquet.write_table(pyarrow.table({**columns, "image": form}), file)
+    parquet.write_table(pyarrow.table({**columns, "image": form}), file)
     assert data.load(file, split="all").skipped == {"0000000": "no picture in this row"}
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    parquet.write_table(pyarrow.table(columns), file)
     with pytest.raises(UserError, match=r"no column of pictures \(bytes\); its columns: code"):
         data.load(file)
     file.write_bytes(b"PAR1")

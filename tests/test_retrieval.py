@@ -52,10 +52,11 @@ def run(tmp_path_factory):
         name = ("red", "green", "blue")[int(path.parent.name[-1])]
         path.with_suffix(".txt").write_text(f"{name}\na {name} square")
     data = load(pictures, split="all")
-    changes = [*tiny.overrides("clip"), "train.optimizer.lr=0.01", "train.ema_halflife=0"]
-    changes += ["train.warmup=0", "model.dim=16"]
+    changes = [*tiny.overrides("clip"), "train.optimizer.lr=0.003", "train.ema_halflife=0"]
+    changes += ["train.warmup=0", "model.dim=16", "model.text.embedding=16"]
+    changes += ["model.image.blocks=0"]
     out = folder / "run"
-    training.train("clip", data, out=out, steps=40, quiet=True, overrides=changes)
+    training.train("clip", data, out=out, steps=80, quiet=True, overrides=changes)
     return out, pictures
 
 
@@ -74,7 +75,10 @@ def test_a_trained_one_finds_what_words_say(run):
     cosines = [cosine for _, cosine in found]
     assert cosines == sorted(cosines, reverse=True) and -1 <= cosines[-1] and cosines[0] <= 1.001
     classes = retrieval.zero_shot(
-        trained, load(pictures, split="all").tensor(slice(9)), ["red", "green", "blue"], ["a {} square"]
+        trained,
+        load(pictures, split="all").tensor(slice(9)),
+        ["red", "green", "blue"],
+        ["a {} square"],
     )
     label = load(pictures, split="all").label[:9]
     assert accuracy(classes, torch.from_numpy(label)) == 1
@@ -89,7 +93,9 @@ def test_search_by_a_picture_and_what_is_kept(run, monkeypatch):
     seen = []
     embed = retrieval.embed_images
     monkeypatch.setattr(
-        retrieval, "embed_images", lambda t, images, *rest: seen.append(len(images)) or embed(t, images)
+        retrieval,
+        "embed_images",
+        lambda t, images, *rest: seen.append(len(images)) or embed(t, images),
     )
     again, _, _ = retrieval.search(trained, pictures, image=one, n=3)
     assert again == found and seen == [1], "a folder that was searched is embedded anew"

@@ -136,9 +136,7 @@ class CLIP(Model):
             "scale": self.join.log_scale.exp().detach()
         }
 
-    def _by_chunks(
-        self, tower: Callable[..., Tensor], parts: list[tuple[Tensor, ...]]
-    ) -> Tensor:
+    def _by_chunks(self, tower: Callable[..., Tensor], parts: list[tuple[Tensor, ...]]) -> Tensor:
         """Return what a tower makes of all parts, keeping, of several, only that."""
         if len(parts) == 1:
             return tower(*parts[0])

@@ -186,7 +186,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = folder / "model.safetensors"
     if not file.is_file():
         others = sorted(path.name for path in folder.glob("*.bin"))
-        told = f"it holds {', '.join(others)}, which could run code and are not read" if others else ""
+        told = (
+            f"it holds {', '.join(others)}, which could run code and are not read" if others else ""
+        )
         raise UserError(f"{folder} holds no model.safetensors{'; ' if told else ''}{told}")
     try:
         weights = load_file(file)
