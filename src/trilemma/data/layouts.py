@@ -222,8 +222,8 @@ def _combine(
         if empty is not None:
             unusable[place.path] = f"no {empty} in {table}"
             continue
-        told = row.get(text_column) if text_column else None
-        texts = _texts(told if isinstance(told, list) else [told])
+        said = row.get(text_column) if text_column else None
+        texts = _texts(said if isinstance(said, list) else [said])
         texts = texts or captions.get(place.path, [])
         uncaptioned += not texts
         split = str(row.get(split_column, "")).strip().lower() if split_column else ""
