@@ -41,6 +41,8 @@ SMALL: dict[str, dict] = {
     "networks.text.TextTransformer": {"width": 16, "depth": 1, "heads": 2, "embedding": 8},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
+    "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
+    "networks.prior.Prior": {"words": [32, 16], "width": 16, "layers": 1, "heads": 2},
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],
@@ -93,6 +95,16 @@ def repairs(name: str) -> bool:
 def classifies(name: str) -> bool:
     """Whether a packaged recipe tells classes, and draws nothing."""
     return recipe.load(name)["model"]["type"] == "models.classifier.Classifier"
+
+
+def matches(name: str) -> bool:
+    """Whether a packaged recipe tells which pictures and words go together, and draws nothing."""
+    return recipe.load(name)["model"]["type"] == "models.clip.CLIP"
+
+
+def reads_words(name: str) -> bool:
+    """Whether a packaged recipe needs pictures with captions."""
+    return "captions" in recipe.load(name)["about"]["needs"]
 
 
 def domains(folder: Path) -> Path:

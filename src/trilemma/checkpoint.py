@@ -89,7 +89,17 @@ def packaged_models() -> list[str]:
 
 
 def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the trained model of a run folder, of a file, or a packaged one; errors as `read`."""
+    """Read the trained model of a run folder, a file or a CLIP's folder, or a packaged one.
+
+    Returns as `read`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (Path(run) / "config.json").is_file():  # of the Hugging Face hub
+        from trilemma.models import clip_keys
+
+        return clip_keys.read_folder(Path(run))
     path = model_file(run)
     if not path.exists() and os.sep not in str(run):
         raise UserError(
