@@ -164,12 +164,12 @@ def carry(
     left = sorted(given.keys() - state.keys())
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     fits = sum(size for name, size in sizes.items() if name in taken)
-    shapes = {name: _shapes(state[name], given.get(name)) for name in anew}
+    unlike = [f"{name} {_shapes(state[name], given.get(name))}" for name in anew]
     if fits < NEEDED * sum(sizes.values()) or not taken:
+        ours = recipe.resolve(spec, facts)["model"]
         raise UserError(
-            f"{init} is a {_kinds(theirs)}; this recipe builds a "
-            f"{_kinds(recipe.resolve(spec, facts)['model'])}, and {fits:,} of its "
-            f"{sum(sizes.values()):,} numbers fit ({_listed([f'{n} {s}' for n, s in shapes.items()])}); "
+            f"{init} is a {_kinds(theirs)}; this recipe builds a {_kinds(ours)}, and {fits:,} of "
+            f"its {sum(sizes.values()):,} numbers fit ({_listed(unlike)}); "
             "--init needs a run of the same networks, and of the same widths: change the recipe "
             "with --set, or give another run"
         )
@@ -181,8 +181,7 @@ def carry(
         told += [f"{fact} kept: {_listed(kept)}"] if kept and changed else []
         told += [f"new {fact}, from the mean of the old: {_listed(new)}"] if new and changed else []
     told += [f"interpolated: {_listed(interpolated)}"] if interpolated else []
-    anew_told = [f"{name} {shape}" for name, shape in shapes.items()]
-    told += [f"{len(anew)} begin anew: {_listed(anew_told)}"] if anew else []
+    told += [f"{len(anew)} begin anew: {_listed(unlike)}"] if anew else []
     told += [f"{len(left)} of the run are not used: {_listed(left)}"] if left else []
     remember = {
         "path": init,
@@ -231,9 +230,10 @@ def hold(model: Model, tuning: Tuning, new: Sequence[str]) -> str:
             layers = [name for player in players for name in _last(player, places[player])]
     missed = [t for t in tuning.targets if not any(lora.named(n, [t]) for n in layers)]
     if missed or not layers:
+        rank = f" --rank {tuning.rank}" if tuning.mode == "lora" else ""
         raise UserError(
-            f"{', '.join(missed) or 'the model'}: no layer to tune with --tune {tuning.mode}"
-            f"{f' --rank {tuning.rank}' if tuning.mode == 'lora' else ''}; it has {_listed(able, 40)}"
+            f"{', '.join(missed) or 'the model'}: no layer to tune with --tune {tuning.mode}{rank}; "
+            f"it has {_listed(able, 40) or 'none'}"
         )
     can = {name for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
