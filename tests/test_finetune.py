@@ -268,6 +268,13 @@ def test_what_does_not_fit_begins_anew_and_is_told(plain, first, tmp_path, capsy
     assert torch.equal(before["network.time.0.weight"], after["network.time.0.weight"])
 
 
+def test_a_part_of_a_larger_model_can_begin_from_a_run_of_its_own(data, tmp_path):
+    start = _first("srresnet", data, tmp_path)
+    state, remember = carried(data, "srgan", start)
+    assert all(torch.equal(state[name], value) for name, value in weights(start).items())
+    assert all(name.startswith("critic.") for name in remember["new"])
+
+
 def test_refusals(data, first, tmp_path):
     def refused(match, *changes, name=NAME, **options):
         with pytest.raises(UserError, match=match):
@@ -358,19 +365,19 @@ def test_preserved_pictures_are_the_first_runs_own_and_a_share_of_each_batch(
     assert np.array_equal(drawn.images, sampling.load(first).sample(6, seed=3).numpy())
     assert [names[i] for i in drawn.label] == ["class0", "class1", "class2"] * 2
     count = preservation.share(8, 0.5, 1)
-    place = {"seed": 0, "flip": False, "rank": 0, "world": 1}
-    stream = preservation.mixed(data, drawn, 8, count, start=0, **place)
+    given, place = (data, tuned.path, 8), {"seed": 0, "flip": False, "rank": 0, "world": 1}
+    stream = preservation.mixed(*given, 0.5, start=0, **place)
     first_batch, second = next(stream), next(stream)
     assert count == 3 and len(first_batch) == 8 and second.seen == 8
     assert (
         first_batch.condition.label[:5].eq(0).all() and first_batch.condition.label[5:].gt(0).all()
     )
     assert len(set(first_batch.rng.seeds.tolist())) == 8
-    again = next(preservation.mixed(data, drawn, 8, count, start=8, **place))
+    again = next(preservation.mixed(*given, 0.5, start=8, **place))
     assert torch.equal(again.image, second.image)
     assert torch.equal(again.rng.seeds, second.rng.seeds)
     halves = [
-        next(preservation.mixed(data, drawn, 8, 4, start=0, **{**place, "rank": r, "world": 2}))
+        next(preservation.mixed(*given, 1.0, start=0, **{**place, "rank": r, "world": 2}))
         for r in (0, 1)
     ]
     assert [len(half) for half in halves] == [4, 4]
