@@ -10,6 +10,7 @@ moment leaves the last good file. There is no pickle anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -107,6 +108,15 @@ def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"the packaged models: {', '.join(packaged_models())}"
         )
     return read(path)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, types, shapes and values, whatever else is in the file."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def flatten(prefix: str, tree: Any, tensors: dict[str, Tensor]) -> Any:

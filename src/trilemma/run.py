@@ -13,11 +13,12 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from trilemma import __version__, checkpoint, device, recipe
+from trilemma import __version__, adapters, checkpoint, device, recipe
 from trilemma.conditioning import reads_text
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.model import Model, Phase
+from trilemma.networks import lora
 from trilemma.optim import OPTIMIZERS
 from trilemma.sampling import Trained
 from trilemma.settings import SCHEDULES, Length, Progress, Settings
@@ -160,7 +161,8 @@ class Run:
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
         )
         shared = {**about, "recipe": self._shared()}
-        checkpoint.write(self.out / "model.safetensors", self.average.state_dict(), shared)
+        checkpoint.write(self.out / "model.safetensors", lora.merged(self.average), shared)
+        adapters.write(self.out, self.average, about)
 
     def restore(self, keep_length: bool) -> None:
         """Take up the state in the run folder, and its length too if `keep_length`.
@@ -204,23 +206,6 @@ def captions(data: Dataset, most: int = 100) -> list[str]:
     rows = np.linspace(0, len(data) - 1, min(len(data), most)).astype(np.int64)
     told = data.condition(rows).text or []
     return list(dict.fromkeys(text for text in told if text))
-
-
-def start_from(model: Model, other: Model, where: str) -> None:
-    """Copy every weight of `other` that has the same name and shape in `model`.
-
-    Raises:
-        UserError: none has.
-    """
-    own, given = model.state_dict(), other.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in given.items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    if not fitting:
-        raise UserError(f"no weight of {where} fits this recipe; --init needs a run of its kind")
-    model.load_state_dict(fitting, strict=False)
 
 
 def _differences(new: Any, old: Any, path: str = "") -> list[str]:

@@ -8,10 +8,9 @@ accumulation, give the losses of one process with the same total batch, to round
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,10 +26,13 @@ from trilemma import (
     device,
     distributed,
     edit,
+    finetune,
     latents,
+    preservation,
     recipe,
     redraw,
     sampling,
+    signals,
     translation,
     upscale,
 )
@@ -41,7 +43,7 @@ from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
 from trilemma.model import Begins, Frozen, Losses, Measures, Model, Phase
-from trilemma.run import Run, start_from
+from trilemma.run import Run
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
 
@@ -63,6 +65,7 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = False,
     init: str | Path | None = None,
+    tune: Mapping[str, Any] | None = None,
     device_name: str | None = None,
     probe: Callable[[Trained, float], dict[str, Any]] | None = None,
     probes: int = 0,
@@ -81,7 +84,8 @@ def train(
         seed: of everything random.
         overrides: `section.key=value` changes to the recipe.
         resume: go on with the run in `out`.
-        init: a run whose fitting weights to start from.
+        init: a run to begin with the weights of: `finetune`.
+        tune: what learns then, and more that a recipe's `[finetune]` may say: `{"mode": "lora"}`.
         device_name: `cpu`, `cuda` or `mps`; None picks the fastest there is.
         probe: called with the model so far and the seconds trained; its numbers are logged. Its
             time, like that of sample grids, is not counted as training.
@@ -114,7 +118,12 @@ def train(
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
     begun = out / "recipe.toml"
     before = recipe.load(begun) if resume and begun.exists() else None
-    spec = recipe.resolve(spec, facts(data), before)
+    was = None if before is None else before["run"].get("init")
+    tuning = finetune.asked(spec, init, tune or {}, before)
+    if tuning is not None and tuning.preserve:
+        known = preservation.classes_of(tuning.init) if was is None else was["classes"]
+        data = preservation.with_classes(data, known)
+    plain, spec = spec, recipe.resolve(spec, facts(data), before)
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
     try:
         settings = Settings(**spec.get("train", {}))
@@ -140,11 +149,18 @@ def train(
             "metadata.csv or metadata.jsonl beside the pictures, with file_name and text in every "
             "row, or picture.txt beside picture.png; see trilemma data check"
         )
-    if init is not None:
-        start_from(model, sampling.load(init, "cpu").model, str(init))
+    notes: list[str] = []
+    if tuning is not None:
+        names = {"classes": data.label_names, "attributes": data.attribute_names}
+        told = finetune.begin(model, tuning, plain, facts(data), names, was)
+        spec["run"]["init"], notes = told
     if not resume:
         load_frozen(model)
-        if not (init is None and isinstance(model, Begins) and model.begin()):
+        if tuning is None:
+            done = isinstance(model, Begins) and model.begin()
+        else:
+            done = finetune.measured(model, spec["run"]["init"]["new"])
+        if not done:
             measure(model, data)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
@@ -155,17 +171,22 @@ def train(
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     flip = bool(asks.get("flip", False))
-    kept = None
-    if settings.cache and run.length.done(run.progress) < 1.0:
-        started = time.perf_counter()
-        kept = latents.keep(model, data, flip, run.length, settings.batch, where)
-        run.progress.elapsed += time.perf_counter() - started  # encoding pictures is training
-    stream = batches(
-        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world,
-        kept=kept,
-    )  # fmt: skip
-    with _signals() as asked:
-        loop(run, stream, asked, probe, probes, quiet)
+    place: dict[str, Any] = {"start": run.progress.seen, "flip": flip, "rank": rank, "world": world}
+    if tuning is not None and tuning.preserve:
+        if rank == 0 and not resume:
+            preservation.draw(tuning.init, tuning.preserve, out, seed, device_name)
+        distributed.barrier()
+        weight = tuning.preserve_weight
+        stream = preservation.mixed(data, out, settings.batch, weight, seed=seed, **place)
+    else:
+        kept = None
+        if settings.cache and run.length.done(run.progress) < 1.0:
+            started = time.perf_counter()
+            kept = latents.keep(model, data, flip, run.length, settings.batch, where)
+            run.progress.elapsed += time.perf_counter() - started  # encoding pictures is training
+        stream = batches(data, settings.batch, seed=seed, kept=kept, **place)
+    with signals.caught() as asked:
+        loop(run, stream, asked, probe, probes, quiet, notes)
     return run.trained()
 
 
@@ -224,14 +245,18 @@ def loop(
     probe: Callable[[Trained, float], dict[str, Any]] | None = None,
     probes: int = 0,
     quiet: bool = True,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Train to the end of `length`; save on the way, at the end, and when asked to stop."""
+    """Train to the end of `length`; save on the way, at the end, and when asked to stop.
+
+    `notes` are told first.
+    """
     settings, progress = run.settings, run.progress
     first = run.rank == 0
     log = Log(run.out if first else None, run.spec["run"]["recipe"], quiet, progress.step)
     try:
-        if run.data.skipped:
-            log.say(_skipped(run.data))
+        for note in [*notes, *([_skipped(run.data)] if run.data.skipped else [])]:
+            log.say(note)
         if first and progress.step == 0:
             run.write_recipe()
         if progress.step == 0:
@@ -436,27 +461,6 @@ def only_these_learn(
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the step at hand."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _skipped(data: Dataset) -> str:
