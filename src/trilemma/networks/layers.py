@@ -193,12 +193,13 @@ def places(height: int, width: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(height), torch.arange(width))
 
 
-def sincos(height: int, width: int, dim: int) -> Tensor:
+def sincos(height: int, width: int, dim: int, apart: float = 1.0) -> Tensor:
     """Sines and cosines (height * width, dim) of columns, then of rows, as DiT orders them.
 
-    Vaswani et al. 2017, section 3.5, along two axes; `dim` must be a multiple of 4.
+    Vaswani et al. 2017, section 3.5, along two axes, places `apart` from each other; `dim` must be
+    a multiple of 4.
     """
-    column_row = places(height, width).flip(1)
+    column_row = apart * places(height, width).flip(1)
     half = sinusoidal(column_row.flatten(), dim // 2).view(-1, 2, 2, dim // 4)
     return half.flip(2).flatten(1)  # the sines first
 
