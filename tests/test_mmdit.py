@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused():
         Flux(**FLUX, guided=False)(x, time, text, time)
     with pytest.raises(ValueError, match="told a guidance"):
         Flux(**FLUX)(x, time, text)
-    with pytest.raises(ValueError, match="32 dimensions"):
+    with pytest.raises(ValueError, match="64 / 2 dimensions"):
         Flux(**FLUX | {"axes": (4, 4, 4)})
 
 
