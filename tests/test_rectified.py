@@ -1,5 +1,7 @@
 """Stable Diffusion 3 and FLUX.1 from texts on, against diffusers' pipelines."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,9 +34,13 @@ def loaded(network, rules, module):
     return network.eval()
 
 
+def shift_of(scheduler):
+    return flow.from_config(json.loads(scheduler.to_json_string()), "scheduler_config.json")
+
+
 def ours(pipeline):
     """Our model of diffusers' pipeline."""
-    shift = flow.from_config(pipeline.scheduler.config, "scheduler_config.json")
+    shift = shift_of(pipeline.scheduler)
     clip = Reader(pipeline.tokenizer, pipeline.text_encoder)
     module = pipeline.transformer
     if hasattr(pipeline, "tokenizer_3"):
@@ -130,8 +136,7 @@ def test_times_are_those_of_diffusers(options, whole):
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
-    config = scheduler.config
-    shift = flow.from_config(config, "scheduler_config.json")
+    config, shift = scheduler.config, shift_of(scheduler)
     mu = calculate_shift(1024, base_shift=config.base_shift, max_shift=config.max_shift)
     even = torch.linspace(1, 1 / 7, 7).tolist() if whole else None
     scheduler.set_timesteps(7, sigmas=even, mu=mu if shift.dynamic else None)
