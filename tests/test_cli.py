@@ -56,7 +56,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize(
     "command", ["", "models", "train", "sample", "evaluate", "compare", "data", "data check",
                 "edit", "edit reconstruct", "edit interpolate", "edit arithmetic", "score",
-                "translate", "upscale", "tune-steps"]
+                "translate", "upscale", "tune-steps", "merge"]
 )  # fmt: skip
 def test_every_help_reads(run, command):
     code, out, _ = run(*command.split(), "--help")

@@ -9,6 +9,7 @@ leaves the last good file. There is no pickle anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -70,6 +71,15 @@ def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the trained model of a run folder, or of a file; returns and errors as `read`."""
     path = Path(run)
     return read(path / "model.safetensors" if path.is_dir() else path)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, types, shapes and values, whatever else is in the file."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def flatten(prefix: str, tree: Any, tensors: dict[str, Tensor]) -> Any:

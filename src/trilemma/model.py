@@ -171,6 +171,17 @@ class TellsClasses(Protocol):
 
 
 @runtime_checkable
+class HasPositions(Protocol):
+    """Learns a vector for each place of a picture, which another size has others of.
+
+    Attributes:
+        positions: name of a weight (rows x columns x depth, width) -> (rows, columns, depth).
+    """
+
+    positions: Mapping[str, tuple[int, int, int]]
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A part of a model that takes a measure of the data, once, before training begins."""
 

@@ -15,8 +15,8 @@ that the checkpoint needs the run no more; its weights are read when training be
 goes on takes the spec from itself.
 
 Sections: `[about]` what the recipe is; `[data]` what it asks of the data; `[model]` the family and
-its networks; `[train]` the loop's settings; `[sample]` the defaults of sampling. A run adds
-`[run]`.
+its networks; `[train]` the loop's settings; `[finetune]` a run to begin with and what learns then;
+`[sample]` the defaults of sampling. A run adds `[run]`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 from trilemma.errors import UserError
 
 BUILDABLE = ("models", "networks", "diffusion", "codecs", "conditioning", "model")
-SECTIONS = ("about", "data", "model", "train", "sample")
+SECTIONS = ("about", "data", "model", "train", "finetune", "sample")
 
 Recipe = dict[str, Any]
 

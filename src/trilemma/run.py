@@ -12,10 +12,11 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from trilemma import __version__, checkpoint, device, recipe
+from trilemma import __version__, adapters, checkpoint, device, recipe
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.model import Model, Phase
+from trilemma.networks import lora
 from trilemma.optim import OPTIMIZERS
 from trilemma.sampling import Trained
 from trilemma.settings import SCHEDULES, Length, Progress, Settings
@@ -142,7 +143,8 @@ class Run:
         checkpoint.write(
             self.out / "training" / "state.safetensors", tensors, {**about, "state": state}
         )
-        checkpoint.write(self.out / "model.safetensors", self.average.state_dict(), about)
+        checkpoint.write(self.out / "model.safetensors", lora.merged(self.average), about)
+        adapters.write(self.out, self.average, about)
 
     def restore(self, keep_length: bool) -> None:
         """Take up the state in the run folder, and its length too if `keep_length`.
@@ -179,23 +181,6 @@ class Run:
         if keep_length:
             self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
             self.length = Length(**self.spec["run"]["length"])
-
-
-def start_from(model: Model, other: Model, where: str) -> None:
-    """Copy every weight of `other` that has the same name and shape in `model`.
-
-    Raises:
-        UserError: none has.
-    """
-    own, given = model.state_dict(), other.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in given.items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    if not fitting:
-        raise UserError(f"no weight of {where} fits this recipe; --init needs a run of its kind")
-    model.load_state_dict(fitting, strict=False)
 
 
 def _differences(new: Any, old: Any, path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from trilemma import checkpoint, device, guides, recipe
+from trilemma import adapters, checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
@@ -322,17 +322,27 @@ class Trained:
         return torch.cat(list(self.batches(n, seed=seed, batch=batch, **asked)))
 
 
-def load(run: str | Path, device_name: str | None = None) -> Trained:
+def load(
+    run: str | Path, device_name: str | None = None, lora: Sequence[str] = ()
+) -> Trained:
     """Load a trained model from a run folder or its `model.safetensors`.
 
     Args:
         run: the folder or the file.
         device_name: `cpu`, `cuda`, `mps`; None picks the fastest there is.
+        lora: LoRA files to put on it, each with a weight: `a.safetensors:0.8` (`adapters`).
 
     Raises:
-        UserError: there is no such run, or the file is damaged.
+        UserError: there is no such run, the file is damaged, or a LoRA does not fit.
     """
     tensors, facts = checkpoint.read_model(run)
+    if "lora" in facts:
+        raise UserError(
+            f"{run} is a LoRA, which changes a model and is none; give the run it was trained on: "
+            f"trilemma sample {facts['lora']['base_path']} --lora {run} --out DIR"
+        )
+    if lora:
+        tensors, facts = adapters.put_on(tensors, facts, lora, str(run))
     model = recipe.build(facts["recipe"]["model"])
     checkpoint.load_weights(model, tensors, str(run))
     model.requires_grad_(False).eval()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ from trilemma import (
     device,
     distributed,
     edit,
+    finetune,
+    preservation,
     recipe,
     redraw,
     sampling,
@@ -39,7 +41,7 @@ from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
 from trilemma.model import Frozen, Losses, Measures, Model, Phase
-from trilemma.run import Run, start_from
+from trilemma.run import Run
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
 
@@ -61,6 +63,7 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = False,
     init: str | Path | None = None,
+    tune: Mapping[str, Any] | None = None,
     device_name: str | None = None,
     probe: Callable[[Trained, float], dict[str, Any]] | None = None,
     probes: int = 0,
@@ -79,7 +82,8 @@ def train(
         seed: of everything random.
         overrides: `section.key=value` changes to the recipe.
         resume: go on with the run in `out`.
-        init: a run whose fitting weights to start from.
+        init: a run to begin with the weights of: `finetune`.
+        tune: what learns then, and more that a recipe's `[finetune]` may say: `{"mode": "lora"}`.
         device_name: `cpu`, `cuda` or `mps`; None picks the fastest there is.
         probe: called with the model so far and the seconds trained; its numbers are logged. Its
             time, like that of sample grids, is not counted as training.
@@ -111,7 +115,11 @@ def train(
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
     begun = out / "recipe.toml"
     before = recipe.load(begun) if resume and begun.exists() else None
-    spec = recipe.resolve(spec, facts(data), before)
+    tuning = finetune.asked(spec, None if init is None else str(init), tune or {}, before)
+    if tuning is not None and tuning.preserve:
+        known = before["run"]["init"]["classes"] if before else preservation.classes_of(tuning.init)
+        data = preservation.with_classes(data, known)
+    plain, spec = spec, recipe.resolve(spec, facts(data), before)
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
     try:
         settings = Settings(**spec.get("train", {}))
@@ -131,11 +139,20 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
-    if init is not None:
-        start_from(model, sampling.load(init, "cpu").model, str(init))
+    notes = []
+    if tuning is not None and before is not None:
+        spec["run"]["init"] = before["run"]["init"]
+    elif tuning is not None:
+        names = {"classes": data.label_names, "attributes": data.attribute_names}
+        spec["run"]["init"], told = finetune.carry(model, plain, facts(data), names, tuning.init)
+        notes.append(told)
+    new = [] if tuning is None else spec["run"]["init"]["new"]
     if not resume:
         load_frozen(model)
-        measure(model, data)
+        if tuning is None or not finetune.measured(model, new):
+            measure(model, data)
+    if tuning is not None:
+        notes.append(finetune.hold(model, tuning, new))
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -145,11 +162,18 @@ def train(
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     flip = bool(asks.get("flip", False))
-    stream = batches(
-        data, settings.batch, seed=seed, start=run.progress.seen, flip=flip, rank=rank, world=world
-    )
+    place: dict[str, Any] = {"start": run.progress.seen, "flip": flip, "rank": rank, "world": world}
+    if tuning is not None and tuning.preserve:
+        if rank == 0 and not resume:
+            preservation.draw(tuning.init, tuning.preserve, out, seed, device_name)
+        distributed.barrier()
+        drawn = preservation.kept(out, data)
+        part = preservation.share(settings.batch, tuning.preserve_weight, world)
+        stream = preservation.mixed(data, drawn, settings.batch, part, seed=seed, **place)
+    else:
+        stream = batches(data, settings.batch, seed=seed, **place)
     with _signals() as asked:
-        loop(run, stream, asked, probe, probes, quiet)
+        loop(run, stream, asked, probe, probes, quiet, notes)
     return run.trained()
 
 
@@ -208,14 +232,18 @@ def loop(
     probe: Callable[[Trained, float], dict[str, Any]] | None = None,
     probes: int = 0,
     quiet: bool = True,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Train to the end of `length`; save on the way, at the end, and when asked to stop."""
+    """Train to the end of `length`; save on the way, at the end, and when asked to stop.
+
+    `notes` are told first.
+    """
     settings, progress = run.settings, run.progress
     first = run.rank == 0
     log = Log(run.out if first else None, run.spec["run"]["recipe"], quiet, progress.step)
     try:
-        if run.data.skipped:
-            log.say(_skipped(run.data))
+        for note in [*notes, *([_skipped(run.data)] if run.data.skipped else [])]:
+            log.say(note)
         if first and progress.step == 0:
             run.write_recipe()
         if progress.step == 0:

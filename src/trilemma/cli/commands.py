@@ -17,6 +17,7 @@ from trilemma.cli.shared import (
     Grid,
     Guidance,
     Json,
+    Lora,
     Option,
     OutFolder,
     Pictures,
@@ -147,13 +148,42 @@ def train(
     seed: Seed = 0,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Fine-tune: begin with the weights of this run.")
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="With --init, what learns: full, last or lora.", show_default="full"),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the factors of --tune lora.", show_default="8")
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers for --tune last or lora: up,conv_out.",
+            show_default="the last quarter, or all",
+        ),
+    ] = None,
+    preserve: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --init: learn from so many pictures drawn from it too.",
+            show_default="none",
+        ),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe on pictures."""
     from trilemma.training import train as run
 
+    asked = {
+        "mode": tune,
+        "rank": rank,
+        "targets": targets and [name.strip() for name in targets.split(",")],
+        "preserve": preserve,
+    }
     trained = run(
         recipe,
         data,
@@ -166,6 +196,7 @@ def train(
         overrides=changes or (),
         resume=resume,
         init=init,
+        tune={key: value for key, value in asked.items() if value is not None},
         device_name=device,
     )
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
@@ -232,6 +263,7 @@ def sample(
     guide_scale: Annotated[
         float | None, typer.Option(help="Strength of that.", show_default="1")
     ] = None,
+    lora: Lora = None,
     option: Option = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
     device: Device = None,
@@ -256,7 +288,7 @@ def sample(
 
     from trilemma import sampling
 
-    trained = sampling.load(run, device)
+    trained = sampling.load(run, device, lora or ())
     if attributes is not None:
         chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
     paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
@@ -265,6 +297,23 @@ def sample(
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+@app.command()
+def merge(
+    run: Run,
+    lora: Lora,
+    out: Annotated[Path, typer.Option(help="The new .safetensors file.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Write a run's model with LoRA files merged into it, for every other command to use."""
+    from trilemma import adapters
+
+    path = adapters.merge(run, lora or (), out)
+    if as_json:
+        say({"model": str(path)})
+    else:
+        screen.print(f"next: trilemma sample {path} -n 64 --out pictures", soft_wrap=True)
 
 
 @app.command("tune-steps")

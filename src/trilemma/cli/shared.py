@@ -108,6 +108,14 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set train.batch=64."),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA to put on the model; repeat it for several.",
+    ),
+]
 Features = Annotated[
     str, typer.Option(help="lite0, pixels, or inception:FILE (weights of the original FID).")
 ]

@@ -151,6 +151,7 @@ class Autoregressive(Model):
         self.token = nn.Embedding(codec.vocabulary, network.width)
         self.start = nn.Linear(max(classes, 1), network.width, bias=False)
         self.position = nn.Embedding(codec.length, network.width)
+        self.positions = {"position.weight": codec.grid}
         self.head = nn.Linear(network.width, codec.vocabulary)
         for table in (self.token, self.start, self.position):
             nn.init.normal_(table.weight, std=0.02)
