@@ -1,8 +1,11 @@
 """Tiny Stable Diffusion 3 and FLUX.1 pipelines of diffusers, with random weights."""
 
+import re
 import string
 
 import torch
+
+from trilemma.stable import flux, places, sd3
 
 WORDS = 16  # of the CLIP towers
 
@@ -37,7 +40,7 @@ def clip_text(tokenizer, width=16, projection=12, seed=0, projected=True):
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=3,
-        num_attention_heads=2,
+        num_attention_heads=1,  # as single files, which do not say it, are taken to have
         max_position_embeddings=WORDS,
         projection_dim=projection,
         bos_token_id=tokenizer.bos_token_id,
@@ -156,3 +159,83 @@ def flux_pipeline(guided=True):
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )
+
+
+NAMES = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "up_blocks": "up",
+    "resnets": "block",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+"""Of an autoencoder: diffusers' names to the original ones."""
+
+
+def original_autoencoder(state, levels=2):
+    made = {}
+    for name, tensor in state.items():
+        if "attentions" in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        name = re.sub(r"up_blocks\.(\d)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+        for theirs, original in NAMES.items():
+            name = name.replace(theirs, original)
+        made[name] = tensor
+    return made
+
+
+def single_file(pipeline, only_transformer=False):
+    """The tensors of an original file of a pipeline's weights."""
+    state = pipeline.transformer.state_dict()
+    if hasattr(pipeline, "tokenizer_3"):
+        config = sd3.from_config(pipeline.transformer.config, "config.json")
+        ours, theirs = sd3.diffusers_rules(config), sd3.original_rules()
+        coder, t5, projected = "first_stage_model.", "text_encoder_3", True
+    else:
+        ours, theirs = flux.diffusers_rules(), flux.original_rules()
+        coder, t5, projected = "vae.", "text_encoder_2", False
+    network = network_of(pipeline)
+    where = places.find(network.state_dict(), ours)
+    own = {name: place.take(state[place.name]) for name, place in where.items()}
+    prefix = "" if only_transformer else "model.diffusion_model."
+    made = places.gather(own, places.find(own, theirs, prefix))
+    if only_transformer:
+        return made
+
+    def add(prefix, tensors):
+        made.update({prefix + name: tensor.clone() for name, tensor in tensors.items()})
+
+    add(coder, original_autoencoder(pipeline.vae.state_dict()))
+    clips = {"clip_l": pipeline.text_encoder}
+    if projected:
+        clips["clip_g"] = pipeline.text_encoder_2
+    for name, clip in clips.items():
+        named = {
+            key if key.startswith("text_") else f"text_model.{key}": value
+            for key, value in clip.state_dict().items()
+        }
+        add(f"text_encoders.{name}.transformer.", named)
+    words = getattr(pipeline, t5).state_dict()
+    words.pop("encoder.embed_tokens.weight", None)
+    add("text_encoders.t5xxl.transformer.", words)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def network_of(pipeline):
+    """Our network of a pipeline's shape."""
+    from trilemma.networks.flux import Flux
+    from trilemma.networks.mmdit import MMDiT
+
+    config = pipeline.transformer.config
+    if hasattr(pipeline, "tokenizer_3"):
+        return MMDiT(**sd3.from_config(config, "config.json"))
+    return Flux(**flux.from_config(config, "config.json"))

@@ -39,6 +39,7 @@ from trilemma.networks.mmdit import (
     JointBlock,
     Perceptron,
     joined,
+    passed,
     said,
     time_features,
 )
@@ -153,6 +154,8 @@ class Flux(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = Modulation(width, width, 2)
         self.leave = nn.Linear(width, channels * patch**2)
+        self.recompute = False
+        """As in `MMDiT`."""
 
     def forward(
         self, x: Tensor, time: Tensor, embedded: Embedded, guidance: Tensor | None = None
@@ -183,10 +186,10 @@ class Flux(nn.Module):
         count = text.shape[1]
         turn = self._turns(count, height // self.patch, width // self.patch).to(h.device)
         for block in self.doubles:
-            h, text = block(h, text, e, turn)
+            h, text = passed(block, self.recompute, h, text, e, turn)
         h = torch.cat([text, h], dim=1)
         for block in self.singles:
-            h = block(h, e, turn)
+            h = passed(block, self.recompute, h, e, turn)
         h = scaled_norm(self.norm, h[:, count:], self.modulation(e))
         return unpatchify(self.leave(h), self.patch, height, width)
 

@@ -24,10 +24,12 @@ the patches of the first blocks attend to each other once more beside the attent
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trilemma.networks.layers import (
     Embedded,
@@ -151,9 +153,7 @@ class JointBlock(nn.Module):
         self.image = Stream(width, heads, qk_norm, twice=twice)
         self.text = Stream(width, heads, qk_norm, last=last)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None) -> Tensor:
         """Return answers (B, heads, N, D); `turn` is for blocks that turn queries and keys."""
         return attend(q, k, v)
 
@@ -233,6 +233,8 @@ class MMDiT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = Modulation(width, width, 2)
         self.leave = nn.Linear(width, patch**2 * channels)
+        self.recompute = False
+        """Whether training keeps a block's input alone and computes the block again backwards."""
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Return the middle of the table (1, height * width, D), for so many patches."""
@@ -264,10 +266,21 @@ class MMDiT(nn.Module):
         e = self.time(time_features(time)) + self.pooled(pooled)
         text = self.text(words)
         for block in self.blocks:
-            h, text = block(h, text, e)
+            h, text = passed(block, self.recompute, h, text, e)
         h = self.leave(scaled_norm(self.norm, h, self.modulation(e)))
         h = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (height, width))
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, h, p, w, q) -> image
+
+
+def passed(block: nn.Module, recompute: bool, *inputs: Tensor) -> Any:
+    """Return what a block makes of its inputs, and keep no more than these if told to.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block are
+    computed again when its gradient is.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def said(embedded: Embedded, pooled_dim: int, text_dim: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trilemma.errors import UserError
+
 
 class Place(NamedTuple):
     """Where a weight stands.
@@ -72,6 +74,29 @@ def find(names: Iterable[str], rules: Sequence[Rule], prefix: str = "") -> dict[
         else:
             raise KeyError(f"there is no rule for {name}")
     return found
+
+
+def check(places: Iterable[Place], given: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError unless a file's tensors are just those where weights stand.
+
+    Args:
+        places: of all our weights.
+        given: the file's tensors.
+        where: they come from.
+    """
+    places = list(places)
+    names = {place.name for place in places}
+    found = {"missing": sorted(names - given.keys()), "unknown": sorted(given.keys() - names)}
+    told = [
+        f"{len(each)} {what}: {', '.join(each[:3])}{' ...' if len(each) > 3 else ''}"
+        for what, each in found.items()
+        if each
+    ]
+    if told:
+        raise UserError(f"{where} does not fit its network: {'; '.join(told)}")
+    for place in places:
+        if (rows := len(given[place.name])) % (2 if place.swapped else place.parts):
+            raise UserError(f"{where}: {place.name} has {rows} rows, which are not of equal parts")
 
 
 def gather(weights: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:

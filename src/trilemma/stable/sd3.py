@@ -121,7 +121,9 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     ):
         if seen not in expected:
             listed = " or ".join(repr(each) for each in expected)
-            raise UserError(f"{where} has {what} {seen!r}; Stable Diffusion 3 and 3.5 have {listed}")
+            raise UserError(
+                f"{where} has {what} {seen!r}; Stable Diffusion 3 and 3.5 have {listed}"
+            )
     return {
         "channels": channels,
         "patch": config["patch_size"],

@@ -12,50 +12,56 @@ Transformer") is the encoder of `transformers`. It reads the padding too, as in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trilemma.errors import UserError
 from trilemma.networks.layers import Embedded
+from trilemma.stable.text import transformers
 
 SD3_WORDS, FLUX_WORDS = 256, 512
 """How many of T5's tokens the models read."""
 
 
-class Reader(NamedTuple):
+class Encoder(NamedTuple):
     """A tokenizer and the encoder of its tokens, both of `transformers`."""
 
     tokenizer: Any
-    encoder: nn.Module
+    network: nn.Module
+
+    def room(self, length: int | None) -> int:
+        """Return how many tokens are read: `length`, or as many as CLIP has positions for."""
+        return length or self.network.config.max_position_embeddings  # type: ignore[union-attr, return-value]
 
     def tokens(self, texts: Sequence[str], length: int | None = None) -> Tensor:
-        """Return tokens (B, length), cut and filled up to the tokenizer's own length if None."""
+        """Return tokens (B, length), cut and filled up to `room`."""
         told = self.tokenizer(
             list(texts),
             padding="max_length",
-            max_length=length or self.tokenizer.model_max_length,
+            max_length=self.room(length),
             truncation=True,
             return_tensors="pt",
         )
-        return told.input_ids.to(next(self.encoder.parameters()).device)
+        return told.input_ids.to(next(self.network.parameters()).device)
 
     def cut(self, text: str, length: int | None = None) -> str:
         """Return the part of a text that does not fit, "" where all does."""
         whole = self.tokenizer(text).input_ids
-        room = (length or self.tokenizer.model_max_length) - 1  # the last is the end's
+        room = self.room(length) - 1  # the last is the end's
         return self.tokenizer.decode(whole[room:-1]) if len(whole) > room + 1 else ""
 
 
 def for_sd3(
-    texts: Sequence[str], clips: tuple[Reader, Reader], t5: Reader | None, width: int
+    texts: Sequence[str], clips: tuple[Encoder, Encoder], t5: Encoder | None, width: int
 ) -> Embedded:
     """Return the texts as `MMDiT` reads them: a vector, and 77 + 256 words of width `width`."""
     states, vectors = [], []
     for clip in clips:
-        tokens = clip.tokens(texts, clips[0].tokenizer.model_max_length)
-        told = clip.encoder(tokens, output_hidden_states=True)
+        told = clip.network(clip.tokens(texts), output_hidden_states=True)
         states.append(told.hidden_states[-2])
         vectors.append(told.text_embeds)
     beside = torch.cat(states, dim=2)
@@ -63,14 +69,14 @@ def for_sd3(
     if t5 is None:
         behind = words.new_zeros(len(words), SD3_WORDS, width)
     else:
-        behind = t5.encoder(t5.tokens(texts, SD3_WORDS))[0].to(words.dtype)
+        behind = t5.network(t5.tokens(texts, SD3_WORDS))[0].to(words.dtype)
     return Embedded(vector=torch.cat(vectors, dim=1), tokens=torch.cat([words, behind], dim=1))
 
 
-def for_flux(texts: Sequence[str], clip: Reader, t5: Reader) -> Embedded:
+def for_flux(texts: Sequence[str], clip: Encoder, t5: Encoder) -> Embedded:
     """Return the texts as `Flux` reads them: a vector, and 512 words."""
-    vector = clip.encoder(clip.tokens(texts)).pooler_output
-    return Embedded(vector=vector, tokens=t5.encoder(t5.tokens(texts, FLUX_WORDS))[0])
+    vector = clip.network(clip.tokens(texts)).pooler_output
+    return Embedded(vector=vector, tokens=t5.network(t5.tokens(texts, FLUX_WORDS))[0])
 
 
 def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -92,3 +98,17 @@ def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
     }
+
+
+def tokenizer(folder: Path) -> Any:
+    """Read the T5 tokenizer of a folder; raises UserError when there is none."""
+    library = transformers(str(folder))
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise UserError(
+            f"{folder} holds no tokenizer; expected tokenizer.json or spiece.model: texts cannot be "
+            "read without; fetch the folder again, whole"
+        )
+    try:
+        return library.T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes the package raise
+        raise UserError(f"{folder} cannot be read as T5's tokenizer: {error}") from error
