@@ -212,7 +212,7 @@ def test_a_folder_without_a_part_is_named(damaged):
 def test_what_a_single_file_lacks_is_named(saved, tmp_path):
     own = single_file(saved["dev"][0], only_transformer=True)
     save_file(own, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"holds no autoencoder .* give a diffusers folder .* --parts"):
+    with pytest.raises(UserError, match=r"holds no autoencoder .* give a diffusers folder .* parts=FOLDER"):
         opened(tmp_path / "a.safetensors")
     del own["img_in.weight"]
     save_file(own, tmp_path / "b.safetensors")
@@ -237,3 +237,47 @@ def test_options_that_do_not_fit_are_refused(saved):
         draw(image=torch.zeros(1, 3, 16, 16), strength=0)
     with pytest.raises(UserError, match="solver 'eule' is not known"):
         draw(solver="eule")
+
+
+def test_a_lora_in_either_layout_changes_the_same_weights(saved, tmp_path):
+    torch.manual_seed(0)
+    down, ups = torch.randn(2, 64), torch.randn(3, 64, 2)
+    theirs, at = {}, "transformer.transformer_blocks.0.attn"
+    for up, each in zip(ups, "qkv", strict=True):
+        theirs[f"{at}.to_{each}.lora_A.weight"] = down.clone()
+        theirs[f"{at}.to_{each}.lora_B.weight"] = up.clone()
+    save_file(theirs, tmp_path / "diffusers.safetensors")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    original = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": ups.flatten(0, 1),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    save_file(original, tmp_path / "kohya.safetensors")
+    folder = saved["dev"][1]
+    plain = opened(folder).network.doubles[0].image.attention.k.weight
+    for file in ("diffusers", "kohya"):
+        model = opened(folder, loras=[f"{tmp_path / file}.safetensors:0.5"])
+        changed = model.network.doubles[0].image.attention
+        torch.testing.assert_close(changed.k.weight, plain + 0.5 * ups[1] @ down)
+    with pytest.raises(UserError, match="changes 3 parts that this checkpoint's transformer lacks"):
+        wrong = {k.replace("blocks.0", "blocks.7"): v for k, v in theirs.items()}
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        opened(folder, loras=[str(tmp_path / "wrong.safetensors")])
+
+
+def test_the_command_line_draws_from_a_folder(saved, tmp_path):
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from trilemma.cli import app
+
+    asked = ["sample", str(saved["schnell"][1]), "--text", "a pear", "--size", "24x16", "-n", "2"]
+    asked += ["--steps", "1", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"]
+    asked += ["--option", "precision=fp32"]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    pictures = [Image.open(tmp_path / f"0000{i}.png") for i in range(2)]
+    assert [picture.size for picture in pictures] == [(24, 16)] * 2
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert "Sampler: euler, CFG scale: 1.0, Seed: 4" in pictures[1].text["parameters"]

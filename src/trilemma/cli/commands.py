@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from trilemma.cli.shared import (
     number,
     numbers,
     options,
+    pixels,
     read,
     say,
     screen,
@@ -220,12 +222,41 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, or its model.safetensors; or Stable Diffusion 1, 2, XL or 3, or "
+            "FLUX.1: a diffusers folder, or one .safetensors file."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pictures.")] = 64,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", min=1, help="How many.", show_default="64; 1 of Stable Diffusion"
+        ),
+    ] = None,
     seed: Seed = 0,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="What to draw, of Stable Diffusion; several: in turn.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="0 to 1: how far it is given up.", show_default="0.8; 1 with a mask"),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture, white where to draw, black where to keep.")
+    ] = None,
+    picture_size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="the checkpoint's own"
+        ),
     ] = None,
     attributes: Annotated[
         str | None,
@@ -265,7 +296,12 @@ def sample(
     ] = None,
     lora: Lora = None,
     option: Option = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pictures drawn at once.", show_default="128; 1 of Stable Diffusion"
+        ),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -287,16 +323,69 @@ def sample(
     from rich.progress import track
 
     from trilemma import sampling
+    from trilemma.stable import load as checkpoints
 
-    trained = sampling.load(run, device, lora or ())
-    if attributes is not None:
-        chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
-    paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
+    of_text = {"image": image, "strength": strength, "mask": mask, "negative": negative}
+    of_text |= {"text": text, "size": picture_size}
+    if checkpoints.recognises(run):
+        n = n or 1
+        chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_text}
+        paths = _checkpoint(run, out, n, seed, batch or 1, device, chosen)
+    else:
+        n = n or 64
+        for name, value in of_text.items():
+            if value:
+                raise UserError(f"{run} is a run, which --{name} says nothing to; leave it out")
+        trained = sampling.load(run, device, lora or ())
+        if attributes is not None:
+            chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
+        paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+def _checkpoint(
+    path: Path,
+    out: Path,
+    n: int,
+    seed: int,
+    batch: int,
+    device: str | None,
+    chosen: dict[str, Any],
+) -> Iterator[Path]:
+    """Draw from a Stable Diffusion checkpoint; yield the pictures' paths.
+
+    Raises:
+        UserError: an option that says nothing to a checkpoint.
+    """
+    from trilemma.stable import drawing, load
+
+    given = {key: value for key, value in chosen.items() if value is not None}
+    asked = {
+        "loras": given.pop("lora", []),
+        "precision": given.pop("precision", "auto"),
+        "prediction": given.pop("prediction", None),
+        "parts": given.pop("parts", None),
+    }
+    if "guidance_rescale" in given:
+        given["rescale"] = given.pop("guidance_rescale")
+    told = {"lora": asked["loras"], "prediction": asked["prediction"]}
+    tiny, size, texts = given.pop("preview", None), given.pop("size", None), given.pop("text", [])
+    plain = ("image", "mask", "negative", "strength", "steps", "solver", "guidance", "rescale")
+    options = {key: given.pop(key) for key in (*plain, "true_guidance", "tile") if key in given}
+    if given:
+        raise UserError(
+            f"{path} cannot be sampled with {', '.join(given)}; a checkpoint takes text, size, "
+            f"lora, {', '.join(plain)}, and the options tile, preview, precision, prediction, "
+            "parts and true_guidance"
+        )
+    stable = load.load(path, device, **asked)
+    preview = None if tiny is None else load.tiny(tiny, stable)
+    options |= {"size": None if size is None else pixels(size), "preview": preview, "told": told}
+    return drawing.save(stable, path, texts, out, n=n, seed=seed, batch=batch, **options)
 
 
 @app.command()

@@ -56,6 +56,14 @@ def numbers(text: str) -> list[float]:
         raise typer.BadParameter(f"'{text}': expected numbers such as 0.2,3") from None
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """Read `768x512` as width and height, `512` as both."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise typer.BadParameter(f"'{text}' is no size; write 512 or 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def upper_part(text: str) -> float:
     """Read `top`, or a share of the height such as `0.5`."""
     try:

@@ -14,7 +14,7 @@ from `parts`, a diffusers folder of the same model, of which the `transformer` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def kind_of_folder(path: Path) -> str | None:
     return PIPELINES.get(str(named))
 
 
-def kind_of_file(names: Sequence[str]) -> str | None:
+def kind_of_file(names: Iterable[str]) -> str | None:
     """Return "sd3" or "flux" if the tensors of a single file are of either."""
     for kind, block in (("sd3", "joint_blocks.0."), ("flux", "double_blocks.0.")):
         if any(name.removeprefix(TRANSFORMER).startswith(block) for name in names):
@@ -112,7 +112,7 @@ def file(
     Raises:
         UserError: what is there cannot be used, or is nowhere; named precisely.
     """
-    model, at = kind_of_file(list(tensors)), (where, kind)
+    model, at = kind_of_file(tensors), (where, kind)
     prefix = TRANSFORMER if any(name.startswith(TRANSFORMER) for name in tensors) else ""
     others = (*AUTOENCODERS, "text_encoders.")
     own = {name: t for name, t in tensors.items() if not name.startswith(others)}
@@ -131,7 +131,7 @@ def file(
         if parts is None:
             raise UserError(
                 f"{path} holds no {name} (no name begins with {prefix}); give a diffusers folder of "
-                "this model as --parts, from which to take it"
+                "this model, from which to take it, as --option parts=FOLDER"
             )
         return None
 
@@ -263,16 +263,16 @@ def _file_t5(
     if own:
         if parts is None:
             raise UserError(
-                f"{path} holds T5 without its tokenizer; give as --parts a diffusers folder of this "
-                f"model with tokenizer{i} in it"
+                f"{path} holds T5 without its tokenizer; give a diffusers folder of this model with "
+                f"tokenizer{i} in it, as --option parts=FOLDER"
             )
         return _t5_of(t5.tokenizer(parts / f"tokenizer{i}"), None, own, f"{path} ({T5}*)", at)
     if parts is not None and (model == "flux" or (parts / f"text_encoder{i}").is_dir()):
         return _t5(parts, i, at)
     if model == "flux":
         raise UserError(
-            f"{path} holds no T5 (no name begins with {T5}); give a diffusers folder of this model "
-            "as --parts, from which to take it"
+            f"{path} holds no T5 (no name begins with {T5}); give a diffusers folder of this model, "
+            "from which to take it, as --option parts=FOLDER"
         )
     return None
 
@@ -301,4 +301,6 @@ def _t5_of(
         network = library.T5EncoderModel(library.T5Config.from_dict(dict(told)))
     table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
     tables = {} if table is None else {"shared.weight": table, "encoder.embed_tokens.weight": table}
-    return Encoder(tokenizer, loading.fill(network, {**tensors, **tables}, where, *at))
+    loading.fill(network, {**tensors, **tables}, where, *at)
+    network.encoder.embed_tokens = network.shared  # one table, once in memory
+    return Encoder(tokenizer, network)

@@ -33,14 +33,13 @@ from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.layers import Embedded
 from trilemma.networks.mmdit import MMDiT
 from trilemma.stable import flow, flux, sd3, t5
+from trilemma.stable.pipeline import TILE, WHOLE, Autoencoder
 from trilemma.stable.places import Place, find
 from trilemma.stable.t5 import Encoder
 
 log = logging.getLogger(__name__)
 
 SCHEDULE = Straight()
-TILE, WHOLE = 64, 96
-"""Side of the tiles of decoding, and of the largest latents that are decoded whole by default."""
 
 
 class Rectified(ABC):
@@ -56,6 +55,7 @@ class Rectified(ABC):
     Attributes:
         steps: by default.
         guidance: by default.
+        solver: by default.
         whole: see `flow.times`.
         lora_prefix: of the network's layers in a LoRA file of diffusers.
     """
@@ -63,13 +63,14 @@ class Rectified(ABC):
     steps: int
     guidance: float
     whole: bool
+    solver = "euler"
     lora_prefix = "transformer"
     network: MMDiT | Flux
 
     def __init__(
         self,
         network: MMDiT | Flux,
-        autoencoder: KLAutoencoder,
+        autoencoder: Autoencoder,
         shift: flow.Shift,
         size: int = 1024,
         kind: torch.dtype = torch.float32,
@@ -81,6 +82,11 @@ class Rectified(ABC):
     def where(self) -> torch.device:
         """The device of the network."""
         return next(self.network.parameters()).device
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of pictures are multiples."""
+        return self.autoencoder.factor * self.network.patch
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Embedded:
@@ -157,7 +163,7 @@ class Rectified(ABC):
             UserError: options that do not fit together or this checkpoint.
         """
         try:
-            chosen = solvers.check(solver or "euler", own or {})
+            chosen = solvers.check(solver or self.solver, own or {})
         except ValueError as error:
             raise UserError(str(error)) from error
         if mask is not None and image is None:
@@ -165,8 +171,7 @@ class Rectified(ABC):
         if image is not None:
             height, width = image.shape[2:]
         height, width = height or self.size, width or self.size
-        factor = self.autoencoder.factor
-        multiple = factor * self.network.patch
+        factor, multiple = self.autoencoder.factor, self.multiple
         if height % multiple or width % multiple:
             raise UserError(f"pictures of {width}x{height}: both must be multiples of {multiple}")
         shape = (self.network.channels, height // factor, width // factor)
@@ -215,7 +220,7 @@ class Rectified(ABC):
             parts = [self.autoencoder.decode(one[None], tile) for one in latent]
         return torch.cat(parts).clamp(-1, 1)
 
-    def with_autoencoder(self, autoencoder: KLAutoencoder) -> Self:
+    def with_autoencoder(self, autoencoder: Autoencoder) -> Self:
         """Return the same with another autoencoder."""
         other = copy.copy(self)
         other.autoencoder = autoencoder
@@ -230,6 +235,7 @@ class Rectified(ABC):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
         coder = self.autoencoder
+        assert isinstance(coder, KLAutoencoder)
         mean, deviation = coder.posterior(images)
         return (mean - coder.shift) * coder.scale, deviation * coder.scale
 
@@ -298,7 +304,7 @@ class StableDiffusion3(Rectified):
     def __init__(
         self,
         network: MMDiT,
-        autoencoder: KLAutoencoder,
+        autoencoder: Autoencoder,
         shift: flow.Shift,
         clips: tuple[Encoder, Encoder],
         t5: Encoder | None,
@@ -356,7 +362,7 @@ class Flux1(Rectified):
     def __init__(
         self,
         network: Flux,
-        autoencoder: KLAutoencoder,
+        autoencoder: Autoencoder,
         shift: flow.Shift,
         clip: Encoder,
         t5: Encoder,
