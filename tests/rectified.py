@@ -80,12 +80,11 @@ def autoencoder(scaling, shift):
 
     return randomised(
         AutoencoderKL(
-            block_out_channels=(8, 16),
+            block_out_channels=(32, 64),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             layers_per_block=1,
             latent_channels=16,
-            norm_num_groups=4,
             sample_size=16,
             scaling_factor=scaling,
             shift_factor=shift,

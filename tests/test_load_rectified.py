@@ -24,7 +24,10 @@ PIPELINES = {
     "schnell": lambda: flux_pipeline(guided=False),
 }
 GUIDED = {
-    "sd3": ({"guidance_scale": 5.0, "negative_prompt": ["blue"] * 2}, {"negative": "blue", "guidance": 5.0}),
+    "sd3": (
+        {"guidance_scale": 5.0, "negative_prompt": ["blue"] * 2},
+        {"negative": "blue", "guidance": 5.0},
+    ),
     "dev": ({"guidance_scale": 2.0}, {"guidance": 2.0}),
     "schnell": (
         {"true_cfg_scale": 3.0, "negative_prompt": ["blue"] * 2},
@@ -60,7 +63,13 @@ def noise(name):
     start = Rng(SEEDS).normal(16, 8, 12)
     if name.startswith("sd3"):
         return start
-    return start.unflatten(2, (4, 2)).unflatten(4, (6, 2)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+    return (
+        start.unflatten(2, (4, 2))
+        .unflatten(4, (6, 2))
+        .permute(0, 2, 4, 1, 3, 5)
+        .flatten(1, 2)
+        .flatten(2)
+    )
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -108,10 +117,14 @@ def test_pictures_from_a_picture_are_those_of_diffusers(saved, name, masked, mon
         num_inference_steps=4,
         height=16,
         width=24,
-        output_type="pt",
+        output_type="latent" if name == "sd3" else "pt",
         **options,
         **theirs,
     ).images
+    if name == "sd3":  # whose painting forgets the shift when it decodes
+        latents = expected / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+        with torch.no_grad():
+            expected = (pipeline.vae.decode(latents).sample.clamp(-1, 1) + 1) / 2
     mask = options.get("mask_image")
     pictures = opened(folder).draw(
         TEXTS, Rng(SEEDS), image=2 * picture - 1, mask=mask, strength=0.7, steps=4, **ours
@@ -133,9 +146,10 @@ def test_a_single_file_draws_what_its_folder_draws(saved, name, tmp_path, monkey
     for file in ("whole", "transformer"):
         model = opened(tmp_path / f"{file}.safetensors", parts=folder)
         assert model.size == 1024
-        shift = opened(folder).shift
-        assert model.shift == shift
-        torch.testing.assert_close(model.draw(TEXTS, Rng(SEEDS), **given), expected, atol=1e-5, rtol=0)
+        assert model.shift.at(1000) == opened(folder).shift.at(1000)
+        torch.testing.assert_close(
+            model.draw(TEXTS, Rng(SEEDS), **given), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_sd3_without_t5(saved, tmp_path):
@@ -151,7 +165,9 @@ def test_sd3_without_t5(saved, tmp_path):
 
 def test_weights_stay_views_of_the_file(saved):
     model = opened(saved["dev"][1])
-    names = [name for name, _ in model.network.named_parameters() if "modulation.linear" not in name]
+    names = [
+        name for name, _ in model.network.named_parameters() if "modulation.linear" not in name
+    ]
     spans = load.loading._mapped()
     for name in names:
         at = model.network.get_parameter(name).data_ptr()
@@ -181,10 +197,17 @@ def test_what_is_wrong_with_a_folder_is_named(damaged):
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     kept = tensors.pop("single_transformer_blocks.1.attn.to_k.weight")
     save_file(tensors | {"lora.weight": kept}, weights)
-    with pytest.raises(UserError, match=r"1 missing: single_transformer_blocks\.1\.attn\.to_k\.weight; 1 unknown: lora\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"1 missing: single_transformer_blocks\.1\.attn\.to_k\.weight; 1 unknown: lora\.weight",
+    ):
         opened(folder)
-    save_file(tensors | {"single_transformer_blocks.1.attn.to_k.weight": kept[:, :3].clone()}, weights)
-    with pytest.raises(UserError, match=r"of another shape: singles\.1\.attention\.k\.weight \(64, 3\)"):
+    save_file(
+        tensors | {"single_transformer_blocks.1.attn.to_k.weight": kept[:, :3].clone()}, weights
+    )
+    with pytest.raises(
+        UserError, match=r"of another shape: singles\.1\.attention\.k\.weight \(64, 3\)"
+    ):
         opened(folder)
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(UserError, match="cut short or damaged"):
@@ -212,7 +235,9 @@ def test_a_folder_without_a_part_is_named(damaged):
 def test_what_a_single_file_lacks_is_named(saved, tmp_path):
     own = single_file(saved["dev"][0], only_transformer=True)
     save_file(own, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"holds no autoencoder .* give a diffusers folder .* parts=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"holds no autoencoder .* give a diffusers folder .* parts=FOLDER"
+    ):
         opened(tmp_path / "a.safetensors")
     del own["img_in.weight"]
     save_file(own, tmp_path / "b.safetensors")

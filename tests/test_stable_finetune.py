@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rectified import flux_pipeline, sd3_pipeline
 from test_rectified import ours
@@ -11,7 +10,7 @@ from trilemma.batch import Rng
 from trilemma.data.dataset import Dataset
 from trilemma.errors import UserError
 from trilemma.networks import lora
-from trilemma.stable import finetune, flux, places, sd3
+from trilemma.stable import finetune, flux, sd3
 from trilemma.stable.finetune import LORA_FILE, Cache, Tuning, order
 
 pytest.importorskip("diffusers")

@@ -30,14 +30,14 @@ def add(model: Rectified, asked: str) -> None:
     """
     path, weight = lora.split(asked)
     tensors, facts = files.read(path)
-    targets, alphas, unknown = _targets(model), lora._alphas(facts), []
+    targets, told, unknown = _targets(model), lora._adapter(facts), []
     for name, part in lora._parts(path, tensors).items():
         found = targets.get(_flat(name))
         if found is None or "down" not in part or "up" not in part:
             unknown.append(name)
             continue
         rank = len(part["down"])
-        alpha = float(part["alpha"]) if "alpha" in part else alphas.get(name, float(rank))
+        alpha = float(part["alpha"]) if "alpha" in part else lora._alpha(told, name, rank)
         change = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
         rows = sum(len(layer.weight) for layer, _ in found)
         if change.shape != (rows, found[0][0].weight[0].numel()):
