@@ -306,3 +306,14 @@ def test_the_command_line_draws_from_a_folder(saved, tmp_path):
     assert [picture.size for picture in pictures] == [(24, 16)] * 2
     assert pictures[0].tobytes() != pictures[1].tobytes()
     assert "Sampler: euler, CFG scale: 1.0, Seed: 4" in pictures[1].text["parameters"]
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "dev"])
+def test_half_precision_is_near(saved, name):
+    folder, given = saved[name][1], {"steps": 2, "height": 16, "width": 24}
+    half = load.load(folder, "cpu", precision="bf16")
+    assert half.network.text.weight.dtype == torch.bfloat16
+    drawn = half.draw(TEXTS, Rng(SEEDS), **given)
+    assert drawn.dtype == torch.float32
+    exact = opened(folder).draw(TEXTS, Rng(SEEDS), **given)
+    assert (drawn - exact).square().mean().sqrt() < 0.1 * exact.std()

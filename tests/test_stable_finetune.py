@@ -131,11 +131,93 @@ def test_what_cannot_be_learned_from_is_told(tmp_path):
     model = ours(sd3_pipeline())
     with pytest.raises(UserError, match="fruit has no captions; put NAME.txt"):
         Cache(tmp_path, model, data(None))
-    with pytest.raises(UserError, match="no layer of this network is named attn and larger"):
-        tune(model, tmp_path, targets=["attn"])
+    with pytest.raises(UserError, match="no layer of this network is named novel and larger"):
+        tune(model, tmp_path, targets=["novel"])
     with pytest.raises(UserError, match="5 steps in a row had no finite loss"):
         model = ours(sd3_pipeline())
         model.network.leave.weight.data.fill_(float("nan"))
         tune(model, tmp_path / "nan", rank=2)
     with pytest.raises(ValueError, match="batch 0"):
         Tuning(batch=0)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of captioned pictures."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(data().images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i])
+    return folder
+
+
+@pytest.mark.parametrize("version", ["1", "XL"])
+def test_a_lora_of_stable_diffusion_from_the_command_line(version, pictures, tmp_path):
+    """What is learned changes pictures in our sampler as the merged weights do in diffusers."""
+    from typer.testing import CliRunner
+
+    import stable_tiny
+    from trilemma.cli import app
+    from trilemma.stable import load
+
+    pipeline, folder = stable_tiny.pipeline(version), tmp_path / "sd"
+    pipeline.save_pretrained(folder)
+    asked = ["finetune", str(folder), "--data", str(pictures), "--out", str(tmp_path / "out")]
+    asked += ["--rank", "2", "--steps", "2", "--rate", "0.05", "--size", "16", "--batch", "2"]
+    asked += ["--device", "cpu", "--precision", "fp32", "--json"]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "out" / LORA_FILE
+    plain = load.load(folder, "cpu", precision="fp32")
+    tuned = load.load(folder, "cpu", precision="fp32", loras=[str(file)])
+    told = type(pipeline).lora_state_dict(str(tmp_path / "out"))[0]
+    layers = {name.rsplit(".lora_", 1)[0].removeprefix("unet.") for name in told}
+    assert layers <= dict(pipeline.unet.named_modules()).keys()
+    moved = 0
+    for layer in layers:
+        a, b = (told[f"unet.{layer}.lora_{each}.weight"] for each in "AB")
+        expected = pipeline.unet.get_submodule(layer).weight + b @ a
+        found = tuned.unet.get_submodule(layer).weight
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        moved += int((found != plain.unet.get_submodule(layer).weight).any())
+    assert moved > len(layers) / 2
+    given = {"steps": 2, "height": 16, "width": 16}
+    one, other = (m.draw(["a pear"], Rng([1]), **given) for m in (plain, tuned))
+    assert (one - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_all_weights_of_stable_diffusion_learn_and_diffusers_samples_them(
+    prediction, pictures, tmp_path
+):
+    from diffusers import StableDiffusionPipeline
+
+    import stable_tiny
+    from trilemma.stable import load
+
+    first = stable_tiny.pipeline("1", prediction=prediction)
+    first.save_pretrained(tmp_path / "sd")
+    tuning = Tuning(steps=25, batch=4, rank=None, rate=2e-3, warm_up=0, dropout=0)
+    told = [
+        loss
+        for _, loss in finetune.tune(
+            tmp_path / "sd", pictures, tmp_path / "out", tuning, size=16, device_name="cpu",
+            precision="fp32",
+        )
+    ]
+    assert np.mean(told[-8:]) < 0.9 * np.mean(told[:8])
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    before = first.unet.state_dict()
+    moved = [n for n, v in theirs.unet.state_dict().items() if not torch.equal(v, before[n])]
+    assert len(moved) > 0.9 * len(before)
+    ours = load.load(tmp_path / "out", "cpu", precision="fp32")
+    for name, value in ours.unet.state_dict().items():
+        assert torch.equal(value, theirs.unet.state_dict()[name])
+
+
+def test_all_weights_of_a_single_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is one file; all weights can be fine-tuned of a diffusers"):
+        next(finetune.tune(tmp_path / "a.safetensors", "x", tmp_path, Tuning(rank=None)))

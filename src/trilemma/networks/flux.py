@@ -30,6 +30,7 @@ from trilemma.networks.layers import (
     gelu,
     patchify,
     places,
+    recomputed,
     scaled_norm,
     unpatchify,
 )
@@ -39,7 +40,6 @@ from trilemma.networks.mmdit import (
     JointBlock,
     Perceptron,
     joined,
-    passed,
     said,
     time_features,
 )
@@ -186,10 +186,10 @@ class Flux(nn.Module):
         count = text.shape[1]
         turn = self._turns(count, height // self.patch, width // self.patch).to(h.device)
         for block in self.doubles:
-            h, text = passed(block, self.recompute, h, text, e, turn)
+            h, text = recomputed(self.recompute, block, h, text, e, turn)
         h = torch.cat([text, h], dim=1)
         for block in self.singles:
-            h = passed(block, self.recompute, h, e, turn)
+            h = recomputed(self.recompute, block, h, e, turn)
         h = scaled_norm(self.norm, h[:, count:], self.modulation(e))
         return unpatchify(self.leave(h), self.patch, height, width)
 

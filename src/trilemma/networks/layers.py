@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,17 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     cos, sin = turn.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def recomputed(recompute: bool, block: Callable[..., Any], *inputs: Any) -> Any:
+    """Return what a block makes of its inputs, and keep no more than these if told to.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block are
+    computed again when its gradient is.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,12 +24,10 @@ the patches of the first blocks attend to each other once more beside the attent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trilemma.networks.layers import (
     Embedded,
@@ -37,6 +35,7 @@ from trilemma.networks.layers import (
     attend,
     check_shape,
     gelu,
+    recomputed,
     scaled_norm,
     sincos,
     sinusoidal,
@@ -266,21 +265,10 @@ class MMDiT(nn.Module):
         e = self.time(time_features(time)) + self.pooled(pooled)
         text = self.text(words)
         for block in self.blocks:
-            h, text = passed(block, self.recompute, h, text, e)
+            h, text = recomputed(self.recompute, block, h, text, e)
         h = self.leave(scaled_norm(self.norm, h, self.modulation(e)))
         h = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (height, width))
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, h, p, w, q) -> image
-
-
-def passed(block: nn.Module, recompute: bool, *inputs: Tensor) -> Any:
-    """Return what a block makes of its inputs, and keep no more than these if told to.
-
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block are
-    computed again when its gradient is.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
 
 
 def said(embedded: Embedded, pooled_dim: int, text_dim: int) -> tuple[Tensor, Tensor]:

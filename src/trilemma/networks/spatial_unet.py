@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import Embedded, GroupNorm, attend, sinusoidal
+from trilemma.networks.layers import Embedded, GroupNorm, attend, recomputed, sinusoidal
 
 
 class Resnet(nn.Module):
@@ -304,6 +304,8 @@ class SpatialUNet(nn.Module):
         self.mid_block = Middle(ends[0], attention(last, middle), ends[1])
         self.conv_norm_out = GroupNorm(channels[0], groups, 1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.recompute = False
+        """Whether training keeps a block's input alone and computes the block again backwards."""
 
     def forward(
         self, x: Tensor, time: Tensor, text: Embedded, numbers: Tensor | None = None
@@ -328,7 +330,7 @@ class SpatialUNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.block(i, x, embedding, text.tokens)
+                x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
@@ -336,7 +338,8 @@ class SpatialUNet(nn.Module):
         x = self.mid_block(x, embedding, text.tokens)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.block(i, torch.cat([x, skips.pop()], 1), embedding, text.tokens)
+                x = torch.cat([x, skips.pop()], 1)
+                x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x))).float()

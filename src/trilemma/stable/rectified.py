@@ -234,10 +234,7 @@ class Rectified(ABC):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
-        coder = self.autoencoder
-        assert isinstance(coder, KLAutoencoder)
-        mean, deviation = coder.posterior(images)
-        return (mean - coder.shift) * coder.scale, deviation * coder.scale
+        return moments(self.autoencoder, images)
 
     def loss(self, x0: Tensor, text: Embedded, rng: Rng) -> Tensor:
         """Return the mean square (B,) of what the network says less noise - x_0.
@@ -406,6 +403,15 @@ class Flux1(Rectified):
             return (x.new_full((len(x),), scale, dtype=torch.float32),) if guided else ()
 
         return self._guided(texts, negative, true_guidance, rescale, told)
+
+
+def moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (B, C, h, w) of the latents of images (B, 3, H, W) in [-1, 1]."""
+    if not isinstance(autoencoder, KLAutoencoder):
+        raise UserError("a tiny autoencoder tells no deviation of latents; take the checkpoint's own")
+    mean, deviation = autoencoder.posterior(images)
+    scale = autoencoder.scale
+    return (mean - autoencoder.shift) * scale, deviation * scale
 
 
 def _tell_cut(texts: Sequence[str], encoder: Encoder, name: str, length: int | None) -> None:
