@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from trilemma.cli import commands, edit  # noqa: F401  (they say what the commands are)
+from trilemma.cli import checkpoints, commands, edit  # noqa: F401  (they say what commands are)
 from trilemma.cli.shared import app, duration, number, screen
 from trilemma.errors import Interrupted, UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ from trilemma.cli.shared import (
     number,
     numbers,
     options,
+    pixels,
     read,
     say,
     screen,
@@ -240,18 +242,40 @@ def train(
 @app.command()
 def sample(
     run: Annotated[
-        Path, typer.Argument(help="A run folder, its model.safetensors, or a packaged model.")
+        Path,
+        typer.Argument(
+            help="A run folder, its model.safetensors, or a packaged model; or Stable Diffusion 1, "
+            "2, XL or 3, or FLUX.1: a diffusers folder, or one .safetensors file."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder for the pictures.", show_default=False)],
     n: Annotated[
         int | None,
         typer.Option(
-            "-n", "--n", min=1, help="How many.", show_default="64; 16 of a text, 1 of each of several"
+            "-n",
+            "--n",
+            min=1,
+            help="How many.",
+            show_default="64; 16 of a text, 1 of each of several; 1 of Stable Diffusion",
         ),
     ] = None,
     seed: Seed = 0,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or index.", show_default="each in turn")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="0 to 1: how far it is given up.", show_default="0.8; 1 with a mask"),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture, white where to draw, black where to keep.")
+    ] = None,
+    picture_size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="the checkpoint's own"
+        ),
     ] = None,
     attributes: Annotated[
         str | None,
@@ -261,7 +285,7 @@ def sample(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="What to draw, of a model of captions; several: in turn."),
+        typer.Option(help="What to draw, of a model that reads words; several: in turn."),
     ] = None,
     text_file: Annotated[
         Path | None, typer.Option(help="The same from a file, one text a line.")
@@ -308,7 +332,12 @@ def sample(
     ] = None,
     lora: Lora = None,
     option: Option = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 128,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pictures drawn at once.", show_default="128; 1 of Stable Diffusion"
+        ),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -333,21 +362,72 @@ def sample(
     from rich.progress import track
 
     from trilemma import sampling
+    from trilemma.stable import load as checkpoints
 
-    trained = sampling.load(run, device, lora or ())
-    if attributes is not None:
-        chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
-    if text or text_file is not None:
-        chosen["text"] = [*(text or []), *(lines(text_file) if text_file else [])]
-        if n is None and len(chosen["text"]) > 1:
-            n = len(chosen["text"])
-    n = n or (64 if "text" not in chosen else 16)
-    paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
+    texts = [*(text or []), *(lines(text_file) if text_file else [])]
+    of_pictures = {"image": image, "strength": strength, "mask": mask, "size": picture_size}
+    if checkpoints.recognises(run):
+        n = n or 1
+        chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_pictures}
+        chosen["text"] = texts
+        paths = _checkpoint(run, out, n, seed, batch or 1, device, chosen)
+    else:
+        for name, value in of_pictures.items():
+            if value is not None:
+                raise UserError(f"{run} is a run, which --{name} says nothing to; leave it out")
+        trained = sampling.load(run, device, lora or ())
+        if attributes is not None:
+            chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
+        if texts or text_file is not None:
+            chosen["text"] = texts
+        n = n or (64 if not texts else 16 if len(texts) == 1 else len(texts))
+        paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
     else:
         screen.print(f"{n} pictures in {out}, all on one sheet in {drawn[-1]}")
+
+
+def _checkpoint(
+    path: Path,
+    out: Path,
+    n: int,
+    seed: int,
+    batch: int,
+    device: str | None,
+    chosen: dict[str, Any],
+) -> Iterator[Path]:
+    """Draw from a Stable Diffusion checkpoint; yield the pictures' paths.
+
+    Raises:
+        UserError: an option that says nothing to a checkpoint.
+    """
+    from trilemma.stable import drawing, load
+
+    given = {key: value for key, value in chosen.items() if value is not None}
+    asked = {
+        "loras": given.pop("lora", []),
+        "precision": given.pop("precision", "auto"),
+        "prediction": given.pop("prediction", None),
+        "parts": given.pop("parts", None),
+    }
+    if "guidance_rescale" in given:
+        given["rescale"] = given.pop("guidance_rescale")
+    told = {"lora": asked["loras"], "prediction": asked["prediction"]}
+    tiny, size, texts = given.pop("preview", None), given.pop("size", None), given.pop("text", [])
+    plain = ("image", "mask", "negative", "strength", "steps", "solver", "guidance", "rescale")
+    options = {key: given.pop(key) for key in (*plain, "true_guidance", "tile") if key in given}
+    if given:
+        raise UserError(
+            f"{path} cannot be sampled with {', '.join(given)}; a checkpoint takes text, size, "
+            f"lora, {', '.join(plain)}, and the options tile, preview, precision, prediction, "
+            "parts and true_guidance"
+        )
+    stable = load.load(path, device, **asked)
+    preview = None if tiny is None else load.tiny(tiny, stable)
+    options |= {"size": None if size is None else pixels(size), "preview": preview, "told": told}
+    return drawing.save(stable, path, texts, out, n=n, seed=seed, batch=batch, **options)
 
 
 @app.command()

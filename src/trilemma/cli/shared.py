@@ -65,6 +65,14 @@ def lines(path: Path) -> list[str]:
     return [line.strip() for line in read if line.strip()]
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """Read `768x512` as width and height, `512` as both."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise typer.BadParameter(f"'{text}' is no size; write 512 or 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def upper_part(text: str) -> float:
     """Read `top`, or a share of the height such as `0.5`."""
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -307,12 +310,13 @@ def places(height: int, width: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(height), torch.arange(width))
 
 
-def sincos(height: int, width: int, dim: int) -> Tensor:
+def sincos(height: int, width: int, dim: int, apart: float = 1.0) -> Tensor:
     """Sines and cosines (height * width, dim) of columns, then of rows, as DiT orders them.
 
-    Vaswani et al. 2017, section 3.5, along two axes; `dim` must be a multiple of 4.
+    Vaswani et al. 2017, section 3.5, along two axes, places `apart` from each other; `dim` must be
+    a multiple of 4.
     """
-    column_row = places(height, width).flip(1)
+    column_row = apart * places(height, width).flip(1)
     half = sinusoidal(column_row.flatten(), dim // 2).view(-1, 2, 2, dim // 4)
     return half.flip(2).flatten(1)  # the sines first
 
@@ -339,6 +343,17 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     cos, sin = turn.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def recomputed(recompute: bool, block: Callable[..., Any], *inputs: Any) -> Any:
+    """Return what a block makes of its inputs, and keep no more than these if told to.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block are
+    computed again when its gradient is.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,463 @@
+"""A checkpoint fine-tuned on one's own captioned pictures: LoRA, or all weights of its network.
+
+What does not learn is asked once: each picture's latents (mean and deviation, so that training
+draws anew each time) and each different caption's embedding are computed before training and kept
+in files beside the result, of which training reads the rows of a batch. The text encoders and the
+autoencoder are then no longer needed.
+
+Losses are those of training: of the noise or velocity, at times drawn evenly, for Stable Diffusion
+1, 2 and XL; of noise - x_0 for Stable Diffusion 3 and FLUX.1 (`rectified`).
+
+A LoRA (Hu et al. 2022, `networks.lora`) is written as diffusers names it, `MODULE.lora_A.weight`
+(r, in) and `MODULE.lora_B.weight` (out, r) with the scale in B, for `load_lora_weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trilemma import checkpoint, device
+from trilemma import data as data_sets
+from trilemma.batch import Rng, to_float
+from trilemma.data.dataset import Dataset
+from trilemma.errors import UserError
+from trilemma.networks import lora
+from trilemma.networks.layers import Embedded
+from trilemma.stable import files, load
+from trilemma.stable.pipeline import StableDiffusion
+from trilemma.stable.places import Place, gather
+from trilemma.stable.rectified import moments
+
+log = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ATTENTION = ("attention", "alone", "attn1", "attn2")
+TROUBLE = 5  # steps without a finite loss, one after the other, after which training stops
+
+
+class Tunable(Protocol):
+    """A checkpoint that can be fine-tuned.
+
+    Attributes:
+        network: what learns; `recompute` says whether it keeps activations (`networks.mmdit`).
+        lora_prefix: what diffusers puts before the names of the network's layers.
+    """
+
+    network: nn.Module
+    lora_prefix: str
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return texts as the network reads them."""
+        ...
+
+    def loss(self, x0: Tensor, text: Embedded, rng: Rng) -> Tensor:
+        """Return the loss (B,) of latents x0 (B, C, h, w), noise and times drawn from `rng`."""
+        ...
+
+    def diffusers_places(self) -> Mapping[str, Place]:
+        """Return where each weight of the network stands in diffusers' layout."""
+        ...
+
+
+class TunableUNet:
+    """Stable Diffusion 1, 2 or XL, to be fine-tuned.
+
+    Captions are read up to the length of CLIP, without the further pieces of longer ones, so that
+    all are of one length.
+
+    Args:
+        stable: the checkpoint.
+
+    Raises:
+        UserError: its U-Net paints into pictures.
+    """
+
+    lora_prefix = "unet"
+
+    def __init__(self, stable: StableDiffusion) -> None:
+        if stable.paints:
+            raise UserError("a checkpoint that paints into pictures cannot be fine-tuned here")
+        self.stable, self.network = stable, stable.unet
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
+        return moments(self.stable.autoencoder, images)
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return texts as the U-Net reads them."""
+        read, length = self.stable.reader(texts), self.stable.reader.towers[0].length
+        assert read.tokens is not None
+        if read.tokens.shape[1] > length:
+            log.warning("captions of more than %d tokens are cut", length - 2)
+        return Embedded(vector=read.vector, tokens=read.tokens[:, :length])
+
+    def loss(self, x0: Tensor, text: Embedded, rng: Rng) -> Tensor:
+        """Return the mean square (B,) of what the U-Net predicts less what it should.
+
+        Args:
+            x0: latents (B, C, h, w).
+            text: B texts.
+            rng: of noise and times.
+        """
+        spacing, factor = self.stable.spacing, self.stable.autoencoder.factor
+        time = (rng.integers(spacing.steps, 1)[:, 0].double() + 1) / spacing.steps
+        noise = rng.normal(*x0.shape[1:])
+        alpha, sigma = (v.float()[:, None, None, None] for v in spacing.schedule(time))
+        size = (x0.shape[2] * factor, x0.shape[3] * factor)
+        numbers = self.stable._numbers(size, len(x0), guided=False)
+        said = self.network(alpha * x0 + sigma * noise, time, text, numbers)
+        sought = {
+            "epsilon": noise,
+            "sample": x0,
+            "v_prediction": alpha * noise - sigma * x0,
+        }[spacing.prediction]
+        return (said.float() - sought).square().flatten(1).mean(1)
+
+    def diffusers_places(self) -> dict[str, Place]:
+        """Return where each weight of the U-Net stands in diffusers' layout: under its name."""
+        return {name: Place(name) for name in self.network.state_dict()}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: pictures in a step.
+        rate: learning rate of AdamW; 1e-4 for a LoRA and 1e-5 for all weights if None.
+        rank: of a LoRA's factors; None lets all weights learn.
+        scale: of what the factors add.
+        targets: the layers of a LoRA (`lora.named`); those of attention if not said.
+        dropout: share of captions that are left out, which guidance needs.
+        warm_up: steps in which the rate rises to `rate`.
+        seed: of all that is drawn.
+        recompute: keep only each block's input, and compute the block again for its gradient.
+
+    Raises:
+        ValueError: a number that is out of its range.
+    """
+
+    steps: int = 1000
+    batch: int = 1
+    rate: float | None = None
+    rank: int | None = 16
+    scale: float = 1.0
+    targets: Sequence[str] = ATTENTION
+    dropout: float = 0.1
+    warm_up: int = 20
+    seed: int = 0
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or (self.rank or 1) < 1:
+            raise ValueError(
+                f"steps {self.steps}, batch {self.batch} and rank {self.rank}; expected 1 or more"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 up to, not with, 1")
+
+
+class Cache:
+    """Latents and embedded captions of a data set, in files that are mapped into memory.
+
+    Args:
+        folder: of the files; what is there of the same pictures and captions is not made again.
+        model: makes them.
+        data: pictures with captions.
+        kind: number format of matrix products.
+        name: of the checkpoint: what another one made is not used.
+
+    Raises:
+        UserError: the pictures have no captions.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Tunable,
+        data: Dataset,
+        kind: torch.dtype = torch.float32,
+        name: str = "",
+    ) -> None:
+        if data.text is None:
+            raise UserError(
+                f"{data.name} has no captions; put NAME.txt beside each picture, or a metadata.csv "
+                "with the columns file_name and text"
+            )
+        captions = sorted({"", *data.text})
+        self.rows = {caption: row for row, caption in enumerate(captions)}
+        self.text, self.folder = data.text, folder / "cache"
+        told = {"pictures": data.fingerprint, "captions": captions, "checkpoint": name}
+        index = self.folder / "index.json"
+        if not index.exists() or json.loads(index.read_text()) != told:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            index.unlink(missing_ok=True)
+            where = next(model.network.parameters()).device
+
+            def latents(row: int) -> dict[str, Tensor | None]:
+                image = to_float(data.tensor([row])).to(where)
+                return {"latents": torch.stack(model.moments(image), dim=1)}
+
+            with torch.no_grad(), device.autocast(kind, where):
+                self._fill(len(data), latents)
+                self._fill(len(captions), lambda row: vars(model.embed([captions[row]])))
+            index.write_text(json.dumps(told))
+        self.files = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
+
+    def _fill(self, count: int, make: Callable[[int], Mapping[str, Tensor | None]]) -> None:
+        """Write files of `count` rows, one row after another.
+
+        Args:
+            count: of rows.
+            make: row -> the row (1, ...) of each file, by its name; None for no file.
+        """
+        written: dict[str, np.memmap] = {}
+        for row in range(count):
+            for name, made in make(row).items():
+                if made is None:
+                    continue
+                value = made[0].float().cpu().numpy()
+                if name not in written:
+                    path = self.folder / f"{name}.npy"
+                    path.unlink(missing_ok=True)
+                    shape = (count, *value.shape)
+                    written[name] = np.lib.format.open_memmap(path, "w+", value.dtype, shape)
+                written[name][row] = value
+        for file in written.values():
+            file.flush()
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def latents(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (B, C, h, w) of the latents of these pictures."""
+        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(1)
+        return mean, deviation
+
+    def embedded(self, captions: Sequence[str]) -> Embedded:
+        """Return captions of the data set, or "", as the network reads them."""
+        rows = [self.rows[caption] for caption in captions]
+        told = {
+            name: torch.from_numpy(np.array(self.files[name][rows]))
+            for name in ("vector", "tokens")
+            if name in self.files
+        }
+        return Embedded(**told)
+
+
+def order(count: int, seed: int, start: int, size: int) -> list[int]:
+    """Return which of `count` pictures are at places start to start + size of the training order.
+
+    One permutation after another, each a function of the seed and its number.
+    """
+    found = []
+    for place in range(start, start + size):
+        epoch, at = divmod(place, count)
+        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        found.append(int(torch.randperm(count, generator=generator)[at]))
+    return found
+
+
+def finetune(
+    model: Tunable,
+    data: Dataset,
+    out: Path,
+    tuning: Tuning,
+    precision: str = "auto",
+    name: str = "",
+) -> Iterator[tuple[int, float]]:
+    """Fine-tune a checkpoint's network; yields step and loss, and writes what was learned at last.
+
+    Args:
+        model: the checkpoint, whose network is changed.
+        data: captioned pictures of a size that the checkpoint draws.
+        out: the folder for cache, log and result.
+        tuning: how.
+        precision: of the computation, as in recipes.
+        name: of the checkpoint.
+
+    Raises:
+        UserError: pictures without captions, no layer that the targets name, or five steps in a row
+            without a finite loss.
+    """
+    network, names = model.network, model.diffusers_places()
+    where = next(network.parameters()).device
+    kind, bad = device.dtype(precision, where), 0
+    cache = Cache(out, model, data, kind, name)
+    learning = _let_learn(network, tuning)
+    rate = tuning.rate or (1e-5 if tuning.rank is None else 1e-4)
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.01)
+    network.train()
+    network.recompute = tuning.recompute  # type: ignore[assignment]
+    with open(out / "log.jsonl", "a") as written:
+        for step in range(tuning.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / (tuning.warm_up + 1))
+            with device.autocast(kind, where):
+                loss = _loss(model, cache, tuning, step * tuning.batch, where)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(learning, 1.0)
+            told = float(loss)
+            if math.isfinite(told) and bool(norm.isfinite()):
+                optimizer.step()
+                bad = 0
+            else:
+                bad += 1
+                log.warning("step %d: loss %s, gradient %s; skipped", step + 1, told, float(norm))
+                if bad == TROUBLE:
+                    raise UserError(
+                        f"{TROUBLE} steps in a row had no finite loss or gradient; lower the rate, "
+                        "or compute in float32"
+                    )
+            optimizer.zero_grad()
+            written.write(json.dumps({"step": step + 1, "loss": told}) + "\n")
+            yield step + 1, told
+    network.eval()
+    if tuning.rank is not None:
+        write_lora(out / LORA_FILE, network, names, model.lora_prefix)
+
+
+def _let_learn(network: nn.Module, tuning: Tuning) -> list[nn.Parameter]:
+    """Let a LoRA's factors learn, or all weights; return what learns, which is float32."""
+    if tuning.rank is None:
+        for parameter in network.parameters():  # a copy: what the file holds is not written to
+            parameter.data = parameter.data.float().clone()
+        return [parameter.requires_grad_() for parameter in network.parameters()]
+    network.requires_grad_(True)
+    layers = lora.fitting(network, tuning.rank, tuning.targets)
+    if not layers:
+        raise UserError(
+            f"no layer of this network is named {', '.join(tuning.targets)} and larger than factors "
+            f"of rank {tuning.rank}"
+        )
+    torch.manual_seed(tuning.seed)
+    lora.attach(network, layers, tuning.rank, tuning.scale)
+    factors = [part.float() for _, _, part in lora.factors(network)]
+    network.requires_grad_(False)
+    return [p.requires_grad_() for part in factors for p in (part.down, part.up)]
+
+
+def _loss(model: Tunable, cache: Cache, tuning: Tuning, start: int, where: torch.device) -> Tensor:
+    """Return the mean loss of the pictures from this place of the training order on."""
+    rng = Rng([(tuning.seed << 32) + start + i for i in range(tuning.batch)], where)
+    pictures = order(len(cache), tuning.seed, start, tuning.batch)
+    kept = (rng.uniform(1)[:, 0] >= tuning.dropout).tolist()
+    captions = [cache.text[i] if keep else "" for i, keep in zip(pictures, kept, strict=True)]
+    mean, deviation = (each.to(where) for each in cache.latents(pictures))
+    x0 = mean + deviation * rng.normal(*mean.shape[1:])
+    told = cache.embedded(captions)
+    moved = {name: None if each is None else each.to(where) for name, each in vars(told).items()}
+    return model.loss(x0, Embedded(**moved), rng).mean()
+
+
+def tune(
+    path: str | Path,
+    source: str | Path,
+    out: str | Path,
+    tuning: Tuning,
+    *,
+    size: int | None = None,
+    device_name: str | None = None,
+    precision: str = "auto",
+    parts: str | Path | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Fine-tune a checkpoint on captioned pictures; yields step and loss.
+
+    What is learned is written into `out` at last: a LoRA, or, of all weights, a copy of the folder
+    with them in the place of its own.
+
+    Args:
+        path: of the checkpoint, as `load.load` takes it; a folder, if all weights learn.
+        source: the pictures, as `data.load` takes them.
+        out: a folder.
+        tuning: how.
+        size: side of the pictures; the checkpoint's own if None.
+        device_name: as of `load.load`.
+        precision: of the computation; what learns is float32.
+        parts: as of `load.load`.
+
+    Raises:
+        UserError: as `load.load`, `data.load` and `finetune`.
+    """
+    path, out, whole = Path(path), Path(out), tuning.rank is None
+    if whole and not path.is_dir():
+        raise UserError(
+            f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA of "
+            "either"
+        )
+    told = "fp32" if whole else precision
+    opened = load.load(path, device_name, precision=told, parts=parts)
+    model: Tunable = TunableUNet(opened) if isinstance(opened, StableDiffusion) else opened
+    pictures = data_sets.load(
+        source, size=size or opened.size, multiple=opened.multiple, channels=3
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    yield from finetune(
+        model, pictures, out, tuning, precision, str(path.resolve())
+    )
+    if whole:
+        part = "unet" if isinstance(opened, StableDiffusion) else "transformer"
+        shutil.copytree(
+            path, out, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n == part]
+        )
+        config = files.read_json(path / part / "config.json")
+        write_network(out / part, model, config)
+
+
+def write_lora(path: Path, network: nn.Module, names: Mapping[str, Place], prefix: str) -> None:
+    """Write a network's factors as diffusers names them.
+
+    Args:
+        path: of the file.
+        network: with factors.
+        names: where its weights stand in diffusers' layout.
+        prefix: before the names.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer, part in lora.factors(network):
+        module = names[f"{name}.weight"].name.removesuffix(".weight")
+        at, down, up = f"{prefix}.{module}", part.down, part.scale * part.up
+        if isinstance(layer, nn.Conv2d):
+            down = down.view(len(down), layer.in_channels // layer.groups, *layer.kernel_size)
+            up = up[:, :, None, None]
+        tensors[f"{at}.lora_A.weight"], tensors[f"{at}.lora_B.weight"] = down, up
+    _save(path, tensors)
+
+
+def write_network(folder: Path, model: Tunable, config: Mapping[str, Any]) -> None:
+    """Write a network as a folder that diffusers reads, such as `transformer`.
+
+    Args:
+        folder: of `config.json` and the weights.
+        model: whose network it is, without factors.
+        config: diffusers' configuration of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = gather(model.network.state_dict(), model.diffusers_places())
+    _save(folder / "diffusion_pytorch_model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as others' programs expect them, all or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, temporary, metadata={"format": "pt"})
+    checkpoint.replace(temporary, path)

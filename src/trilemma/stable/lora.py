@@ -1,0 +1,163 @@
+"""LoRA files: changes of low rank, added to a checkpoint's weights.
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models": W + weight alpha / r B A. The
+layouts in use name the same parts differently:
+
+    kohya      lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_,
+               lora_te1_ and lora_te2_ for text encoders; U-Net parts also as single files name them
+    diffusers  unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight (peft), or .lora.down.weight,
+               .lora.up.weight, or processor.to_q_lora.down.weight; text_encoder., text_encoder_2.
+
+A changed weight is one of its own: the file that the others are views of is never written to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trilemma.errors import UserError
+from trilemma.stable import files, keys
+
+if TYPE_CHECKING:
+    from trilemma.stable.pipeline import StableDiffusion
+
+DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight")
+UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight")
+ALPHA = (".alpha",)
+ORIGINAL = {theirs.replace(".", "_"): ours for theirs, ours in keys.RESNET.items()}
+
+
+def split(asked: str) -> tuple[Path, float]:
+    """Read FILE or FILE:WEIGHT; raises UserError when the weight is no number."""
+    name, colon, weight = asked.rpartition(":")
+    if not colon or Path(asked).exists():
+        return Path(asked), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        raise UserError(f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8") from None
+
+
+def add(stable: StableDiffusion, asked: str) -> None:
+    """Add a LoRA file to a checkpoint, in place.
+
+    Args:
+        stable: the checkpoint.
+        asked: FILE or FILE:WEIGHT.
+
+    Raises:
+        UserError: the file cannot be read, or has parts that fit no weight.
+    """
+    path, weight = split(asked)
+    tensors, facts = files.read(path)
+    layers = _layers(stable)
+    parts = _parts(path, tensors)
+    told = _adapter(facts)
+    blocks = len(stable.unet.down_blocks[0].resnets)
+    unknown = []
+    for name, part in parts.items():
+        layer = layers.get(_flat(name, blocks))
+        if layer is None or "down" not in part or "up" not in part:
+            unknown.append(name)
+            continue
+        change = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
+        rank = part["down"].shape[0]
+        alpha = float(part["alpha"]) if "alpha" in part else _alpha(told, name, rank)
+        own = layer.weight
+        if change.numel() != own.numel():
+            raise UserError(
+                f"{path}: {name} changes {tuple(change.shape)} numbers and the weight is "
+                f"{tuple(own.shape)}: it was made for another model"
+            )
+        change = change.reshape(own.shape).to(own.device) * (weight * alpha / rank)
+        changed = (own.float() + change).to(own.dtype)
+        last = own.ndim == 4 and own.is_contiguous(memory_format=torch.channels_last)
+        form = torch.channels_last if last else torch.contiguous_format
+        layer.weight = nn.Parameter(changed.contiguous(memory_format=form), requires_grad=False)
+    if unknown:
+        raise UserError(
+            f"{path} changes {len(unknown)} parts that this checkpoint lacks or that are of a kind "
+            f"not known, such as {unknown[0]}: it was made for another model"
+        )
+
+
+def _layers(stable: StableDiffusion) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return every layer that a LoRA may change, under the name of kohya's layout."""
+    parts: dict[str, nn.Module] = {"lora_unet": stable.unet}
+    towers = stable.reader.towers
+    names = ["lora_te"] if len(towers) == 1 else ["lora_te1", "lora_te2"]
+    parts |= {name: tower.encoder for name, tower in zip(names, towers, strict=True)}
+    found = {}
+    for prefix, network in parts.items():
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                if prefix != "lora_unet" and name.startswith(("encoder.", "embeddings.")):
+                    name = f"text_model.{name}"
+                found[f"{prefix}_{name.replace('.', '_')}"] = module
+    if len(towers) == 1:
+        found |= {k.replace("lora_te_", "lora_te1_", 1): v for k, v in found.items()}
+    return found
+
+
+def _parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each changed layer: down, up and perhaps alpha."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        for part, ends in (("down", DOWN), ("up", UP), ("alpha", ALPHA)):
+            end = next((end for end in ends if key.endswith(end)), None)
+            if end is not None:
+                parts.setdefault(key[: -len(end)], {})[part] = tensor
+                break
+        else:
+            raise UserError(
+                f"{path} holds {key}, which belongs to no LoRA in a layout known: expected names "
+                f"that end in {', '.join((*DOWN, *UP, *ALPHA))}"
+            )
+    return parts
+
+
+def _flat(name: str, blocks: int) -> str:
+    """Return the name of a changed layer in kohya's layout, by the names of our networks."""
+    name = name.replace(".processor.", ".").removeprefix("base_model.model.")
+    for theirs, ours in (("unet.", "lora_unet_"), ("text_encoder_2.", "lora_te2_")):
+        if name.startswith(theirs):
+            name = ours + name[len(theirs) :]
+    name = re.sub(r"^text_encoder\.", "lora_te1_", name)
+    name = name.replace(".", "_")
+    name = re.sub(r"_to_out$", "_to_out_0", name)
+    match = re.match(r"lora_unet_(input|output)_blocks_(\d+)_(\d+)_(.*)", name)
+    if match:
+        rest = ORIGINAL.get(match[4], match[4])
+        place = keys.unet_name(f"{match[1]}_blocks.{match[2]}.{match[3]}.{rest}", blocks)
+        return "lora_unet_" + place.replace(".", "_")
+    match = re.match(r"lora_unet_middle_block_(\d)_(.*)", name)
+    if match:
+        place = keys.UNET_ENDS[f"middle_block.{match[1]}"].replace(".", "_")
+        return f"lora_unet_{place}_{ORIGINAL.get(match[2], match[2])}"
+    return name
+
+
+def _alpha(told: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return the alpha of a layer by peft's metadata: by a pattern, else one for all, else r."""
+    part, _, layer = name.partition(".")
+    for pattern, alpha in (told.get(f"{part}.alpha_pattern") or {}).items():
+        if layer.endswith(pattern):
+            return float(alpha)
+    alpha = told.get(f"{part}.lora_alpha")
+    return float(rank if alpha is None else alpha)
+
+
+def _adapter(facts: Mapping[str, str]) -> dict[str, Any]:
+    """Return peft's metadata of a file, if there is any."""
+    try:
+        told = json.loads(facts.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}

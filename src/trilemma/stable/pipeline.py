@@ -1,0 +1,295 @@
+"""Stable Diffusion 1, 2 and XL: from texts, and pictures, to pictures.
+
+From a picture (Meng et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic
+Differential Equations"): its latents get the noise of a time `strength` of the way, and only the
+steps from there are taken. Where a mask is given, a U-Net of nine channels is told the mask and the
+latents of the picture without its masked part; with one of four channels, what is not masked is
+set back to the picture, at its level of noise, after every step.
+
+All noise of a picture is drawn from its own stream, in this order: for the latents of the picture,
+the noise it begins with, the latents of the masked picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilemma import device
+from trilemma.batch import Rng
+from trilemma.diffusion import solvers
+from trilemma.diffusion.guidance import Denoiser, classifier_free, level
+from trilemma.errors import UserError
+from trilemma.networks.kl_autoencoder import KLAutoencoder
+from trilemma.networks.layers import Embedded
+from trilemma.networks.spatial_unet import SpatialUNet
+from trilemma.networks.tiny_autoencoder import TinyAutoencoder
+from trilemma.stable.schedule import Spacing
+from trilemma.stable.text import Reader
+
+TILE, WHOLE = 64, 96
+"""Side of the tiles of decoding, and of the largest latents that are decoded whole by default."""
+
+Autoencoder = KLAutoencoder | TinyAutoencoder
+Watch = Callable[[int, Tensor], None]
+"""(steps done, the x_0 expected (B, D, h, w)) -> None, after each step."""
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A checkpoint, ready to draw.
+
+    Attributes:
+        unet: predicts noise or velocity.
+        autoencoder: between pictures and latents.
+        reader: of texts.
+        spacing: the schedule and its steps.
+        size: height and width by default, in pixels.
+        zeros: without a negative text, XL is guided away from zeros, not from "".
+        kind: number format of matrix products.
+        where: the device.
+    """
+
+    unet: SpatialUNet
+    autoencoder: Autoencoder
+    reader: Reader
+    spacing: Spacing
+    size: int
+    zeros: bool
+    kind: torch.dtype
+    where: torch.device
+
+    steps, guidance = 30, 7.5
+
+    @property
+    def solver(self) -> str:
+        """By default."""
+        return self.spacing.solver
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of pictures are multiples."""
+        return self.autoencoder.factor
+
+    @property
+    def paints(self) -> bool:
+        """Whether the U-Net is told a mask."""
+        return self.unet.in_channels == 2 * self.autoencoder.latent + 1
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        texts: Sequence[str],
+        rng: Rng,
+        *,
+        negative: str | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        steps: int = 30,
+        solver: str | None = None,
+        guidance: float = 7.5,
+        rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        tile: int | None = None,
+        watch: Watch | None = None,
+        own: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Draw B pictures (B, 3, H, W) in [-1, 1].
+
+        Args:
+            texts: B of them.
+            rng: B streams.
+            negative: what not to draw.
+            image: (1 or B, 3, H, W) in [-1, 1], to begin from.
+            mask: (1 or B, 1, H, W), 1 where to draw, 0 where to keep the image.
+            strength: above 0, up to 1: how far the image is given up; 0.8, or 1 with a mask.
+            steps: of the solver from all noise.
+            solver: by name; the checkpoint's own if None.
+            guidance: classifier-free; 1 is none.
+            rescale: of guidance: `guidance.classifier_free`.
+            height: of the pictures; the image's, or the checkpoint's own, if None.
+            width: the same.
+            tile: side of the decoder's tiles in latent pixels, 0 for none; if None, as is needed.
+            watch: called after each step.
+            own: options of the solver.
+
+        Raises:
+            UserError: options that do not fit together or this checkpoint.
+        """
+        name = solver or self.spacing.solver
+        try:
+            chosen = solvers.check(name, own or {})
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if name in ("sde", "pc", "langevin", "pndm"):
+            raise UserError(f"solver {name} has no steps in a table of betas; use ddim or dpmpp_2m")
+        if image is not None:
+            height, width = image.shape[2:]
+        height, width = height or self.size, width or self.size
+        factor = self.autoencoder.factor
+        if height % factor or width % factor:
+            raise UserError(f"pictures of {width}x{height}: both must be multiples of {factor}")
+        if mask is not None and image is None:
+            raise UserError("a mask was given without an image; expected both")
+        if self.paints and (image is None or mask is None):
+            raise UserError("this checkpoint paints into pictures: it needs --image and --mask")
+        strength = (0.8 if mask is None else 1.0) if strength is None else strength
+        times = self.spacing.times(name, steps)
+        if image is not None:
+            if not 0 < strength <= 1 or int(steps * strength) < 1:
+                raise UserError(
+                    f"strength is {strength} and steps {steps}; expected a strength above 0, up to "
+                    "1, and strength times steps at least 1"
+                )
+            times = times[steps - int(steps * strength) :]
+        with device.autocast(self.kind, self.where):
+            return self._draw(
+                texts,
+                rng,
+                negative,
+                image,
+                mask,
+                strength,
+                times,
+                lambda denoise, x: chosen.steps(
+                    denoise, x, times, self.spacing.schedule, rng, **(own or {})
+                ),
+                self.spacing.begins_at(name) == "sigma",
+                guidance,
+                rescale,
+                (height, width),
+                tile,
+                watch,
+            )
+
+    def _draw(
+        self,
+        texts: Sequence[str],
+        rng: Rng,
+        negative: str | None,
+        image: Tensor | None,
+        mask: Tensor | None,
+        strength: float,
+        times: Tensor,
+        solve: Callable[[Denoiser, Tensor], Any],
+        unscaled: bool,
+        guidance: float,
+        rescale: float,
+        size: tuple[int, int],
+        tile: int | None,
+        watch: Watch | None,
+    ) -> Tensor:
+        count, factor = len(texts), self.autoencoder.factor
+        shape = (self.autoencoder.latent, size[0] // factor, size[1] // factor)
+        kept = None
+        if image is not None:
+            image = image.to(self.where).expand(count, -1, -1, -1)
+            if not (self.paints and strength == 1):  # else nothing of it is used
+                kept = self.autoencoder.encode(image, rng.normal(*shape))
+        noise = rng.normal(*shape)
+        alpha, sigma = level(self.spacing.schedule, float(times[0]))
+        x = sigma * noise if unscaled else noise
+        if kept is not None and strength < 1:
+            x = alpha * kept + sigma * noise
+        extra = small = None
+        if mask is not None and image is not None:
+            mask = (mask.to(self.where) >= 0.5).float().expand(count, -1, -1, -1)
+            small = F.interpolate(mask, size=shape[1:])
+            if self.paints:
+                masked = self.autoencoder.encode(image * (mask < 0.5), rng.normal(*shape))
+                extra = torch.cat([small, masked], 1)
+        denoise = self._denoiser(texts, negative, guidance, rescale, extra, size)
+        expected = x
+
+        def watched(x: Tensor, t: float) -> Tensor:
+            nonlocal expected
+            expected = denoise(x, t)
+            return expected
+
+        for i, x in enumerate(solve(watched, x)):  # noqa: B020
+            if small is not None and kept is not None and not self.paints:
+                alpha, sigma = level(self.spacing.schedule, float(times[i + 1]))
+                if i == len(times) - 2:
+                    alpha, sigma = 1.0, 0.0
+                # In place: the solver goes on from this x.
+                x.copy_(small * x + (1 - small) * (alpha * kept + sigma * noise))
+            if watch is not None:
+                watch(i + 1, expected)
+        return self.decode(x, tile)
+
+    def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
+        """Map latents (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], one after another."""
+        if tile is None:
+            tile = TILE if latent.shape[2] * latent.shape[3] > WHOLE**2 else 0
+        with torch.inference_mode(), device.autocast(self.kind, self.where):
+            parts = [self.autoencoder.decode(one[None], tile) for one in latent]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def with_autoencoder(self, autoencoder: Autoencoder) -> StableDiffusion:
+        """Return the same with another autoencoder."""
+        return replace(self, autoencoder=autoencoder)
+
+    def _denoiser(
+        self,
+        texts: Sequence[str],
+        negative: str | None,
+        guidance: float,
+        rescale: float,
+        extra: Tensor | None,
+        size: tuple[int, int],
+    ) -> Denoiser:
+        """Return the denoiser of pictures of a size under texts, guided away from a negative one."""
+        count, guided = len(texts), guidance != 1
+        read = self.reader([*texts, *[negative or ""] * (count if guided else 0)])
+        if guided and negative is None and self.zeros:
+            read = Embedded(vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count))
+        numbers = self._numbers(size, count, guided)
+
+        def predict(x: Tensor, t: float) -> Tensor:
+            alpha, sigma = level(self.spacing.schedule, t)
+            given = x if extra is None else torch.cat([x, extra], 1)
+            if guided:
+                given, x = torch.cat([given, given]), torch.cat([x, x])
+            if device.channels_last(self.where, self.kind):
+                given = given.contiguous(memory_format=torch.channels_last)
+            time = torch.full((len(given),), t, dtype=torch.float64)
+            told = self.unet(given, time, read, numbers)
+            if self.spacing.prediction == "sample":
+                return told
+            if self.spacing.prediction == "v_prediction":
+                return alpha * x - sigma * told
+            return (x - sigma * told) / alpha
+
+        if not guided:
+            return predict
+
+        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            with_it, without = predict(x, t).chunk(2)
+            return with_it, without
+
+        return classifier_free(both, guidance, rescale)
+
+    def _numbers(self, size: tuple[int, int], count: int, guided: bool) -> Tensor | None:
+        """Return what XL is told of the picture (B, 5 or 6): its size, that it is not cropped."""
+        if not self.unet.numbers:
+            return None
+        if self.unet.numbers == 6:
+            rows = [[*size, 0, 0, *size]] * 2
+        elif self.unet.numbers == 5:  # the refiner: how beautiful, in place of the size to be
+            rows = [[*size, 0, 0, 6.0], [*size, 0, 0, 2.5]]
+        else:
+            raise UserError(f"the U-Net is told {self.unet.numbers} numbers; expected 5 or 6")
+        told = torch.tensor(rows[: 1 + guided], device=self.where)
+        return told.repeat_interleave(count, 0)
+
+
+def _emptied(part: Tensor | None, count: int) -> Tensor | None:
+    """Return (2 count, ...) with zeros for what follows the first `count`."""
+    return None if part is None else torch.cat([part[:count], torch.zeros_like(part[count:])])

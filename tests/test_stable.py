@@ -1,0 +1,210 @@
+"""Stable Diffusion without its peers: files, names, schedule, tiles, LoRA, errors."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trilemma.diffusion.schedules import Quadratic
+from trilemma.errors import UserError
+from trilemma.networks.kl_autoencoder import KLAutoencoder
+from trilemma.networks.layers import Embedded
+from trilemma.networks.spatial_unet import SpatialUNet
+from trilemma.networks.tiny_autoencoder import TinyAutoencoder
+from trilemma.stable import configs, files, keys, load, loading, lora, schedule
+
+SMALL = {"channels": (32, 64), "blocks": 1, "transformers": (1, 0), "text_dim": 16, "heads": (4, 4)}
+
+
+def test_unet_of_odd_size():
+    unet = SpatialUNet(**SMALL)
+    text = Embedded(tokens=torch.randn(2, 7, 16))
+    out = unet(torch.randn(2, 4, 9, 6), torch.full((2,), 0.5), text)
+    assert out.shape == (2, 4, 9, 6)
+
+
+def test_unet_names():
+    pairs = {
+        "input_blocks.0.0.weight": "conv_in.weight",
+        "input_blocks.1.0.in_layers.2.weight": "down_blocks.0.resnets.0.conv1.weight",
+        "input_blocks.2.1.proj_in.bias": "down_blocks.0.attentions.1.proj_in.bias",
+        "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
+        "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.conv_shortcut.weight",
+        "middle_block.0.emb_layers.1.bias": "mid_block.resnets.0.time_emb_proj.bias",
+        "middle_block.1.norm.weight": "mid_block.attentions.0.norm.weight",
+        "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
+        "output_blocks.5.2.conv.weight": "up_blocks.1.upsamplers.0.conv.weight",
+        "output_blocks.5.1.norm.weight": "up_blocks.1.attentions.2.norm.weight",
+        "label_emb.0.2.bias": "add_embedding.linear_2.bias",
+        "out.2.weight": "conv_out.weight",
+    }
+    assert {theirs: keys.unet_name(theirs, 2) for theirs in pairs} == pairs
+
+
+def test_times_lead_trail_and_spread():
+    at = schedule.Spacing(Quadratic(1000, 0.00085, 0.012))
+    steps = (at.times("ddim", 4) * 1000 - 1).round().tolist()
+    assert steps == [751, 501, 251, 1, 0]
+    assert (at.times("euler", 4) * 1000 - 1).round().tolist() == [751, 501, 251, 1, -1]
+    assert (at.times("dpmpp_2m", 4) * 1000 - 1).round().tolist() == [801, 601, 401, 201, -1]
+    trailing = schedule.Spacing(at.schedule, spacing="trailing", whole=True)
+    assert (trailing.times("ddim", 4) * 1000 - 1).round().tolist() == [999, 749, 499, 249, -1]
+    with pytest.raises(UserError, match="1 to 1000"):
+        at.times("ddim", 1001)
+
+
+def test_tiles_leave_no_seams():
+    torch.manual_seed(0)
+    coder = KLAutoencoder((32, 32), 1, groups=8).eval()
+    latent = torch.nn.functional.interpolate(torch.randn(1, 4, 6, 6), size=(72, 88), mode="bicubic")
+    with torch.inference_mode():
+        whole, tiles = coder.decode(latent), coder.decode(latent, 40)
+    assert whole.shape == tiles.shape == (1, 3, 144, 176)
+    assert (whole - tiles).abs().mean() < 0.02 * whole.std()
+
+
+def test_tiles_of_a_local_function_are_exact():
+    from trilemma.networks.kl_autoencoder import tiled
+
+    x = torch.randn(1, 3, 50, 33)
+    big = tiled(lambda part: part.repeat_interleave(2, 2).repeat_interleave(2, 3), x, 24, 2)
+    torch.testing.assert_close(big, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_weights_are_views_of_the_file(tmp_path):
+    network = torch.nn.Linear(64, 64)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    tensors, _ = files.read(tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        empty = torch.nn.Linear(64, 64)
+    filled = loading.fill(empty, tensors, "a", torch.device("cpu"), torch.float32)
+    assert filled.weight.data_ptr() == tensors["weight"].data_ptr()
+    torch.testing.assert_close(filled.weight, network.weight)
+
+
+def test_convolutions_are_laid_out_anew_and_the_rest_of_the_file_stays_readable(tmp_path):
+    network = torch.nn.Conv2d(64, 64, 3)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    tensors, _ = files.read(tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        empty = torch.nn.Conv2d(64, 64, 3)
+    filled = loading.fill(empty, tensors, "a", torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(filled.weight, network.weight)
+    torch.testing.assert_close(tensors["weight"], network.weight)  # let go, and read again
+
+
+def test_misfits_are_named():
+    own = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+    given = {"a": torch.zeros(2), "b": torch.zeros(4), "d": torch.zeros(1)}
+    with pytest.raises(UserError) as told:
+        files.check_fit(own, given, "x.safetensors")
+    for part in ("x.safetensors", "1 missing: c", "1 unknown: d", "b (4,) for (3,)"):
+        assert part in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["sd.ckpt", "sd.safetensors", "old.bin"])
+def test_pickles_are_refused_unopened(tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    assert load.recognises(tmp_path / name) or name.endswith(".bin")
+    with pytest.raises(UserError, match="is a pickle"):
+        load.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torch_archives_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "sd.safetensors")
+    with pytest.raises(UserError, match="is a pickle"):
+        load.load(tmp_path / "sd.safetensors")
+
+
+def test_files_cut_short_are_told(tmp_path):
+    path = tmp_path / "sd.safetensors"
+    save_file({"model.diffusion_model.out.2.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        load.load(path)
+    path.write_bytes(b"\0" * 200)
+    with pytest.raises(UserError, match="cannot be read as a safetensors"):
+        load.load(path)
+
+
+def test_other_files_are_told(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "sd.safetensors")
+    with pytest.raises(UserError, match=r"no U-Net .*model\.diffusion_model"):
+        load.load(tmp_path / "sd.safetensors")
+
+
+def test_unknown_pipelines_are_named(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    assert load.recognises(tmp_path)
+    with pytest.raises(UserError, match="KandinskyPipeline, which is not known"):
+        load.load(tmp_path)
+
+
+def test_a_run_is_no_checkpoint(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"trilemma": "{}"})
+    assert not load.recognises(tmp_path / "model.safetensors")
+    assert not load.recognises(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"_class_name": "UNet3D"}, "of a UNet3D"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim 256"),
+        ({"down_block_types": ["KDownBlock2D"] * 4}, "KDownBlock2D"),
+        ({"addition_embed_type": "image"}, "addition_embed_type 'image'"),
+    ],
+)
+def test_unknown_unets_are_named(change, told):
+    with pytest.raises(UserError, match=told):
+        configs.unet(change, "unet")
+
+
+def test_an_index_cannot_point_elsewhere(tmp_path):
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lies outside"):
+        files.weights(tmp_path)
+
+
+def test_a_folder_of_pickles_is_refused(tmp_path):
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
+        files.weights(tmp_path)
+
+
+def test_weights_of_loras_are_read(tmp_path):
+    assert lora.split("style.safetensors") == (type(tmp_path)("style.safetensors"), 1.0)
+    assert lora.split("style.safetensors:-0.5") == (type(tmp_path)("style.safetensors"), -0.5)
+    with pytest.raises(UserError, match="expected FILE or FILE:WEIGHT"):
+        lora.split("style.safetensors:much")
+
+
+def test_layers_of_loras_have_one_name_in_all_layouts():
+    ours = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    for name in (
+        ours,
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_q",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    ):
+        assert lora._flat(name, 2) == ours
+    middle = "lora_unet_middle_block_0_in_layers_2"
+    assert lora._flat(middle, 2) == "lora_unet_mid_block_resnets_0_conv1"
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    assert lora._flat("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 2) == text
+
+
+def test_tiny_autoencoder_halves_eightfold():
+    coder = TinyAutoencoder(8, encoder=(1, 1, 1, 1), decoder=(1, 1, 1, 1))
+    image = torch.rand(1, 3, 32, 40) * 2 - 1
+    latent = coder.encode(image)
+    assert latent.shape == (1, 4, 4, 5)
+    assert coder.decode(latent).shape == image.shape

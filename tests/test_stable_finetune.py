@@ -1,0 +1,223 @@
+"""Checkpoints fine-tuned on captioned pictures, and what diffusers makes of the result."""
+
+import numpy as np
+import pytest
+import torch
+
+from rectified import flux_pipeline, sd3_pipeline
+from test_rectified import ours
+from trilemma.batch import Rng
+from trilemma.data.dataset import Dataset
+from trilemma.errors import UserError
+from trilemma.networks import lora
+from trilemma.stable import finetune, flux, sd3
+from trilemma.stable.finetune import LORA_FILE, Cache, Tuning, order
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+CAPTIONS = ["a red apple", "", "two pears", "a red apple"]
+
+
+def data(text=CAPTIONS):
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    return Dataset("fruit", "train", "fingerprint", images, text=text)
+
+
+def tune(model, out, **options):
+    return list(finetune.finetune(model, data(), out, Tuning(**options), "fp32"))
+
+
+@pytest.mark.parametrize("make", [sd3_pipeline, flux_pipeline], ids=["sd3", "flux"])
+def test_a_lora_is_what_diffusers_reads(make, tmp_path):
+    """Every name is one of diffusers' layers, and W + B A there is our merged weight."""
+    pipeline = make()
+    model = ours(pipeline)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    where = model.diffusers_places()
+    losses = tune(model, tmp_path, steps=3, batch=2, rank=2, rate=1e-2, scale=0.5, warm_up=0)
+    assert [step for step, _ in losses] == [1, 2, 3]
+
+    factors, alphas = (
+        type(pipeline).lora_state_dict(str(tmp_path), return_alphas=True)[:2]
+        if make is flux_pipeline
+        else (type(pipeline).lora_state_dict(str(tmp_path)), None)
+    )
+    assert not alphas
+    theirs = dict(pipeline.transformer.named_modules())
+    layers = {name.rsplit(".lora_", 1)[0].removeprefix("transformer.") for name in factors}
+    assert layers and layers <= theirs.keys()
+    merged = lora.merged(model.network)
+    names = {place.name.removesuffix(".weight"): name for name, place in where.items()}
+    moved = 0
+    for layer in layers:
+        a, b = (factors[f"transformer.{layer}.lora_{each}.weight"] for each in "AB")
+        assert a.shape[0] == b.shape[1] == 2
+        expected = theirs[layer].weight + b @ a
+        torch.testing.assert_close(merged[names[layer]], expected, atol=1e-6, rtol=1e-5)
+        moved += int((merged[names[layer]] != before[names[layer]]).any())
+    assert moved > len(layers) / 2
+    unmoved = set(before) - {names[layer] for layer in layers}
+    assert all(torch.equal(merged[name], before[name]) for name in unmoved)
+
+
+def test_training_lowers_the_loss_of_all_weights(tmp_path):
+    torch.manual_seed(0)
+    model = ours(sd3_pipeline())
+    told = [loss for _, loss in tune(model, tmp_path, steps=30, batch=2, rank=None, rate=3e-3)]
+    assert np.mean(told[-8:]) < 0.8 * np.mean(told[:8])
+    assert not (tmp_path / LORA_FILE).exists()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30
+
+
+@torch.no_grad()
+def test_the_cache_holds_what_the_checkpoint_says(tmp_path):
+    model = ours(sd3_pipeline())
+    pictures = data()
+    cache = Cache(tmp_path, model, pictures)
+    told, expected = cache.embedded(["two pears", ""]), model.embed(["two pears", ""])
+    torch.testing.assert_close(told.vector, expected.vector)
+    torch.testing.assert_close(told.tokens, expected.tokens)
+    mean, deviation = cache.latents([2, 0])
+    image = torch.from_numpy(pictures.images[[2, 0]]).float() / 127.5 - 1
+    expected = model.moments(image)
+    torch.testing.assert_close(mean, expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(deviation, expected[1], atol=1e-5, rtol=1e-4)
+
+    model.embed = model.moments = None  # what is there is not made again
+    assert len(Cache(tmp_path, model, pictures)) == 4
+
+
+@pytest.mark.parametrize("make", [sd3_pipeline, flux_pipeline], ids=["sd3", "flux"])
+def test_recomputed_gradients_are_the_same(make):
+    model = ours(make())
+    text = model.embed(["a red apple"])
+    text = type(text)(text.vector.detach(), text.tokens.detach())
+    found = []
+    for recompute in (False, True):
+        model.network.zero_grad()
+        model.network.recompute = recompute
+        x0 = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+        model.loss(x0, text, Rng([1])).sum().backward()
+        found.append([p.grad.clone() for p in model.network.parameters() if p.grad is not None])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_the_order_is_one_permutation_after_another():
+    taken = order(5, 3, 0, 15)
+    assert sorted(taken[:5]) == sorted(taken[5:10]) == list(range(5))
+    assert taken[:5] != taken[5:10]
+    assert order(5, 3, 7, 4) == taken[7:11]
+
+
+def test_the_folder_of_a_whole_network_is_diffusers(tmp_path):
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    for make, module, kind in (
+        (sd3_pipeline, sd3, SD3Transformer2DModel),
+        (flux_pipeline, flux, FluxTransformer2DModel),
+    ):
+        pipeline = make()
+        model = ours(pipeline)
+        config = module.from_config(pipeline.transformer.config, "config.json")
+        finetune.write_network(tmp_path / kind.__name__, model, module.to_config(config))
+        again = kind.from_pretrained(tmp_path / kind.__name__)
+        expected = pipeline.transformer.state_dict()
+        assert all(torch.equal(again.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_learned_from_is_told(tmp_path):
+    model = ours(sd3_pipeline())
+    with pytest.raises(UserError, match="fruit has no captions; put NAME.txt"):
+        Cache(tmp_path, model, data(None))
+    with pytest.raises(UserError, match="no layer of this network is named novel and larger"):
+        tune(model, tmp_path, targets=["novel"])
+    with pytest.raises(UserError, match="5 steps in a row had no finite loss"):
+        model = ours(sd3_pipeline())
+        model.network.leave.weight.data.fill_(float("nan"))
+        tune(model, tmp_path / "nan", rank=2)
+    with pytest.raises(ValueError, match="batch 0"):
+        Tuning(batch=0)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of captioned pictures."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(data().images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i])
+    return folder
+
+
+@pytest.mark.parametrize("version", ["1", "XL"])
+def test_a_lora_of_stable_diffusion_from_the_command_line(version, pictures, tmp_path):
+    """What is learned changes pictures in our sampler as the merged weights do in diffusers."""
+    from typer.testing import CliRunner
+
+    import stable_tiny
+    from trilemma.cli import app
+    from trilemma.stable import load
+
+    pipeline, folder = stable_tiny.pipeline(version), tmp_path / "sd"
+    pipeline.save_pretrained(folder)
+    asked = ["finetune", str(folder), "--data", str(pictures), "--out", str(tmp_path / "out")]
+    asked += ["--rank", "2", "--steps", "2", "--rate", "0.05", "--size", "16", "--batch", "2"]
+    asked += ["--device", "cpu", "--precision", "fp32", "--json"]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "out" / LORA_FILE
+    plain = load.load(folder, "cpu", precision="fp32")
+    tuned = load.load(folder, "cpu", precision="fp32", loras=[str(file)])
+    told = type(pipeline).lora_state_dict(str(tmp_path / "out"))[0]
+    layers = {name.rsplit(".lora_", 1)[0].removeprefix("unet.") for name in told}
+    assert layers <= dict(pipeline.unet.named_modules()).keys()
+    moved = 0
+    for layer in layers:
+        a, b = (told[f"unet.{layer}.lora_{each}.weight"] for each in "AB")
+        expected = pipeline.unet.get_submodule(layer).weight + b @ a
+        found = tuned.unet.get_submodule(layer).weight
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        moved += int((found != plain.unet.get_submodule(layer).weight).any())
+    assert moved > len(layers) / 2
+    given = {"steps": 2, "height": 16, "width": 16}
+    one, other = (m.draw(["a pear"], Rng([1]), **given) for m in (plain, tuned))
+    assert (one - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_all_weights_of_stable_diffusion_learn_and_diffusers_samples_them(
+    prediction, pictures, tmp_path
+):
+    from diffusers import StableDiffusionPipeline
+
+    import stable_tiny
+    from trilemma.stable import load
+
+    first = stable_tiny.pipeline("1", prediction=prediction)
+    first.save_pretrained(tmp_path / "sd")
+    tuning = Tuning(steps=25, batch=4, rank=None, rate=2e-3, warm_up=0, dropout=0)
+    told = [
+        loss
+        for _, loss in finetune.tune(
+            tmp_path / "sd", pictures, tmp_path / "out", tuning, size=16, device_name="cpu",
+            precision="fp32",
+        )
+    ]
+    assert np.mean(told[-8:]) < 0.9 * np.mean(told[:8])
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    before = first.unet.state_dict()
+    moved = [n for n, v in theirs.unet.state_dict().items() if not torch.equal(v, before[n])]
+    assert len(moved) > 0.9 * len(before)
+    ours = load.load(tmp_path / "out", "cpu", precision="fp32")
+    for name, value in ours.unet.state_dict().items():
+        assert torch.equal(value, theirs.unet.state_dict()[name])
+
+
+def test_all_weights_of_a_single_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is one file; all weights can be fine-tuned of a diffusers"):
+        next(finetune.tune(tmp_path / "a.safetensors", "x", tmp_path, Tuning(rank=None)))
