@@ -132,7 +132,7 @@ def test_drawing_one_by_one_is_drawing_what_training_learned(saying):
     codes = saying.codes(z * DIM**0.5)
     told = saying._told(condition, None)
     known = torch.zeros(2, 0, dtype=torch.int64)
-    for k in range(DIM):
+    for _ in range(DIM):
         sequence = torch.cat([told, saying._said(known, 0)], 1)
         logits = saying.out(saying._features(sequence, 0)[:, -1])
         known = torch.cat([known, logits.argmax(1, keepdim=True)], 1)
@@ -164,16 +164,15 @@ def runs(tmp_path_factory):
     data = pictures.load(str(tiny.captions(tiny.pictures(folder / "data"))), size=16)
 
     def fit(name, out, *changes):
-        trilemma.train(
-            name, data, out=folder / out, steps=2, quiet=True, overrides=[*tiny.overrides(name), *changes]
-        )
+        changes = [*tiny.overrides(name), *changes]
+        trilemma.train(name, data, out=folder / out, steps=2, quiet=True, overrides=changes)
         return folder / out
 
     clip = [f"{folder}/clip"]
     fit("clip", "clip", "model.dim=8")
     fit("clip", "other", "model.dim=8", "train.optimizer.lr=1e-2")
     of = [f"model.diffusion.{part}.clip.path={clip[0]}" for part in ("codec", "conditioner")]
-    fit("unclip-prior", "prior", *of, "model.diffusion.network.dim=8", "model.diffusion.network.words=[32,16]")
+    fit("unclip-prior", "prior", *of, "model.diffusion.network.dim=8")
     of = [f"model.{part}.clip.path={clip[0]}" for part in ("codec", "conditioner")]
     fit("unclip-prior-ar", "saying", *of, "model.components=4")
     fit("unclip-decoder", "decoder", f"model.conditioner.clip.path={clip[0]}")

@@ -2,8 +2,8 @@
 
     python tools/package_model.py RUN NAME
 
-Writes src/trilemma/trained/NAME.safetensors, which `trilemma sample NAME` then finds. The licence of
-the pictures it was trained on belongs into src/trilemma/trained/LICENSE-NAME.txt.
+Writes src/trilemma/trained/NAME.safetensors, which `trilemma sample NAME` then finds. The licence
+of the pictures it was trained on belongs into src/trilemma/trained/LICENSE-NAME.txt.
 """
 
 from __future__ import annotations

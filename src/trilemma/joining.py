@@ -35,11 +35,9 @@ def join(
     if path.exists():
         raise UserError(f"{out} holds a run; choose another --out")
     parts: dict[str, Any] = {"prior": prior, "decoder": decoder, "upsampler": upsampler}
-    read = {
-        name: checkpoint.read_model(run) for name, run in parts.items() if run is not None
-    }
+    read = {name: checkpoint.read_model(run) for name, run in parts.items() if run is not None}
     spec: dict[str, Any] = {"type": "models.unclip.UnCLIP"}
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, (tensors, facts) in read.items():
         spec[name] = {"type": "model.Frozen", "module": facts["recipe"]["model"]}
         weights |= {f"{name}.module.{key}": tensor for key, tensor in tensors.items()}
@@ -74,9 +72,7 @@ def join(
 def _check_clip(model: UnCLIP, prior: str | Path, decoder: str | Path) -> None:
     """Raise UserError unless prior and decoder were trained over one CLIP."""
     ours, theirs = (clip_of(part).state_dict() for part in (model.prior, model.decoder))  # type: ignore[attr-defined]
-    if ours.keys() != theirs.keys() or not all(
-        torch.equal(ours[key], theirs[key]) for key in ours
-    ):
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise UserError(
             f"{prior} and {decoder} were trained over different CLIPs, so one draws embeddings that "
             "the other does not know; train both with the same clip run"

@@ -145,9 +145,7 @@ def _clip(trained: Trained) -> Matches:
     return clip_of(model.decoder if isinstance(model, UnCLIP) else model)
 
 
-def _rows(
-    trained: Trained, z: Tensor, seed: int, track: Track, options: dict[str, Any]
-) -> Tensor:
+def _rows(trained: Trained, z: Tensor, seed: int, track: Track, options: dict[str, Any]) -> Tensor:
     """Draw embeddings (N, n, D), each row with one noise."""
     noises = torch.arange(seed, seed + len(z)).repeat_interleave(z.shape[1])
     return _drawn(trained, z.flatten(0, 1), noises, track, options).unflatten(0, (-1, z.shape[1]))

@@ -23,7 +23,15 @@ from __future__ import annotations
 from trilemma.conditioning.base import Conditioner, Together
 from trilemma.conditioning.clip import ClipImage, ClipText, reads_text
 from trilemma.conditioning.labels import Attributes, LabelChannels, Labels
-from trilemma.conditioning.source import SOURCES, Source, grey, masked, random_masks, shrink, source_of
+from trilemma.conditioning.source import (
+    SOURCES,
+    Source,
+    grey,
+    masked,
+    random_masks,
+    shrink,
+    source_of,
+)
 from trilemma.conditioning.text import Pretrained, Text
 
 __all__ = [

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class DiffusionPrior(Model):
                 f"the prior's codec is {type(diffusion.codec).__name__}; expected "
                 "codecs.ClipEmbedding, for it draws embeddings"
             )
-        self.diffusion = diffusion
+        self.diffusion: Diffusion = diffusion
 
     def phases(self) -> list[Phase]:
         """Return the one phase of diffusion."""
@@ -279,13 +279,15 @@ class UnCLIP(Model):
             options: dict[str, Any] = {"candidates": candidates}
             if isinstance(self.prior.module, DiffusionPrior):
                 options |= {"guidance": prior_guidance, "steps": prior_steps}
-            z = self.prior.module.draw(condition, rng, **options)
+            z = cast(DrawsEmbeddings, self.prior.module).draw(condition, rng, **options)
         told = replace(condition, embedding=z)
-        image = self.decoder.module.sample(told, rng, guidance=guidance, steps=steps)
+        decoder = cast(Diffusion, self.decoder.module)
+        image = decoder.sample(told, rng, guidance=guidance, steps=steps)
         if self.upsampler is None:
             return image
         told = Condition(len(image), source=image)
-        return self.upsampler.module.sample(told, rng, steps=upsampler_steps)
+        upsampler = cast(Diffusion, self.upsampler.module)
+        return upsampler.sample(told, rng, steps=upsampler_steps)
 
 
 def clip_of(module: nn.Module) -> Matches:
