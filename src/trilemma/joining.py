@@ -74,8 +74,8 @@ def _check_clip(model: UnCLIP, prior: str | Path, decoder: str | Path) -> None:
     ours, theirs = (clip_of(part).state_dict() for part in (model.prior, model.decoder))  # type: ignore[attr-defined]
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise UserError(
-            f"{prior} and {decoder} were trained over different CLIPs, so one draws embeddings that "
-            "the other does not know; train both with the same clip run"
+            f"{prior} and {decoder} were trained over different CLIPs, so one draws embeddings "
+            "that the other does not know; train both with the same clip run"
         )
 
 

@@ -53,8 +53,8 @@ def variations(
         uint8 (N, n, C, H, W).
 
     Raises:
-        UserError: a model that draws no embeddings' pictures; images not of its shape; n below 1; an
-            unknown option.
+        UserError: a model that draws no embeddings' pictures; images not of its shape; n below 1;
+            an unknown option.
     """
     if n < 1:
         raise UserError(f"asked for {n} variations of each picture; expected at least 1")
@@ -127,7 +127,11 @@ def change(
 
 
 def embed(trained: Trained, images: Tensor) -> Tensor:
-    """Return the unit embeddings (N, D) of uint8 images (N, C, H, W), on the CPU; may raise UserError."""
+    """Return the unit embeddings (N, D) of uint8 images (N, C, H, W), on the CPU.
+
+    Raises:
+        UserError: a model that draws no embeddings' pictures; images not of its shape.
+    """
     clip = _clip(trained)
     check(trained, images)
     with inference(trained) as where:

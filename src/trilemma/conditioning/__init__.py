@@ -12,7 +12,8 @@ one network learns the conditional and the unconditional distribution: Ho & Sali
   colourisation, one with a hole for inpainting (Saharia et al. 2022, "Palette").
 - Text: captions, by a transformer that learns with the model, or a pretrained one held still; as
   tokens to attend to (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
-  Models", section 3.3) and as a vector, joined to the time (Podell et al. 2023, "SDXL", section 2.1).
+  Models", section 3.3) and as a vector, joined to the time (Podell et al. 2023, "SDXL",
+  section 2.1).
 - ClipText, ClipImage: what a trained CLIP says of words, and of a picture (Ramesh et al. 2022,
   "Hierarchical Text-Conditional Image Generation with CLIP Latents").
 - Together: several of these.

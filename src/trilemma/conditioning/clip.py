@@ -39,7 +39,7 @@ class ClipText(Conditioner):
     def forward(
         self, condition: Condition, rng: Rng | None = None, image: Tensor | None = None
     ) -> Embedded:
-        """Embed texts: `tokens` (B, T, W) and `vector` (B, dim), the unit embedding times sqrt(dim).
+        """Embed texts: `tokens` (B, T, W) and `vector` (B, dim), sqrt(dim) times the embedding.
 
         Raises:
             ValueError: there are no texts.

@@ -20,8 +20,8 @@ from trilemma.tokenizer import Tokenizer
 class Pretrained(nn.Module):
     """A pretrained text encoder from a folder, held still, through `transformers`.
 
-    Its weights stay in the folder: a checkpoint names it, and needs it again. What it makes of a text
-    is kept, for captions come back every epoch.
+    Its weights stay in the folder: a checkpoint names it, and needs it again. What it makes of a
+    text is kept, for captions come back every epoch.
 
     Args:
         path: a folder of a sentence encoder (BERT-like) or of CLIP, `config.json`, weights in

@@ -4,8 +4,8 @@ Ramesh et al. 2022, "Hierarchical Text-Conditional Image Generation with CLIP La
 
     P(x | y) = P(x, z | y) = P(x | z, y) P(z | y)                                    (section 2)
 
-y being the words, x the picture and z CLIP's embedding of the picture. The *prior* draws z of words,
-the *decoder* draws pictures of z, and an upsampler enlarges them.
+y being the words, x the picture and z CLIP's embedding of the picture. The *prior* draws z of
+words, the *decoder* draws pictures of z, and an upsampler enlarges them.
 
 The decoder is a `Diffusion` whose conditioner is `conditioning.ClipImage`, the upsampler one that
 draws from small pictures (`conditioning.Source`). Here are the two priors of section 2.2, and what
