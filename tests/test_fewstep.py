@@ -338,9 +338,7 @@ def test_a_student_of_the_noise_predicts_the_straight_target(data, tmp_path):
 def test_a_student_of_latents_needs_no_first_stage_but_its_teachers(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = {name: tiny.overrides(name) for name in ("kl-f4", "latent-diffusion")}
-    training.train(
-        "kl-f4", data, out="runs/kl-f4", steps=1, quiet=True, overrides=changes["kl-f4"]
-    )
+    training.train("kl-f4", data, out="runs/kl-f4", steps=1, quiet=True, overrides=changes["kl-f4"])
     training.train(
         "latent-diffusion", data, out="latent", steps=1, quiet=True,
         overrides=changes["latent-diffusion"],
