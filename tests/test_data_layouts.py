@@ -160,7 +160,8 @@ def test_captions_beside_the_pictures(tmp_path, ending, wrap):
     (tmp_path / "p" / "a" / "readme.txt").write_text("no caption")
     found = load(wrap(tmp_path / "p"))
     order = [k // 10 for k in level(found)]
-    assert found.text == [f"number {k} of four" if k < 3 else "" for k in order]
+    assert found.captions == [[f"number {k}", "of four"] if k < 3 else [""] for k in order]
+    assert found.text == [f"number {k}" if k < 3 else "" for k in order]
     assert found.label.tolist() == [k % 2 for k in order]
 
 
@@ -316,11 +317,11 @@ def test_damaged_zip_member_is_listed(tmp_path):
 
 def test_files_that_are_no_zip(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"no zip")
-    (tmp_path / "x.tar").write_bytes(b"no zip")
+    (tmp_path / "x.rar").write_bytes(b"no zip")
     with pytest.raises(UserError, match="is not a zip file"):
         load(tmp_path / "x.zip")
-    with pytest.raises(UserError, match="expected a folder of pictures or a .zip"):
-        load(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"expected a folder of pictures, or a \.zip"):
+        load(tmp_path / "x.rar")
 
 
 # Data sets known by name
