@@ -75,13 +75,13 @@ def fit(
     stream = batches(run.data, batch, seed=run.seed, kept=kept)
     trace: Trace = []
     passed = 0
-    while spent < seconds:
+    while spent < seconds or not run.progress.step:
         start = time.process_time()
         part = next(stream)
         for phase in run.phases:
             if run.progress.step % phase.every or run.progress.seen < phase.start:
                 continue
-            _, trouble = training.take(run, phase, part, run.rate(spent / seconds))
+            _, trouble = training.take(run, phase, part, run.rate(min(spent / seconds, 1)))
             if trouble:
                 raise SystemExit(f"{run.spec['run']['recipe']}: {trouble}")
         run.update_average(batch)
