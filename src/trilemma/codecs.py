@@ -316,6 +316,14 @@ class ClipEmbedding(nn.Module):
         """Map images (B, C, H, W) in [-1, 1] to x (B, D)."""
         return matching(self.clip).embed_images(image) * self.shape[0] ** 0.5
 
+    def keep(self, image: Tensor) -> Tensor:
+        """Return x (B, D) of images (B, C, H, W), in float16."""
+        return self.encode(image).half()
+
+    def recall(self, kept: Tensor) -> Tensor:
+        """Return x (B, D) of what was kept."""
+        return kept.float()
+
     def decode(self, x: Tensor) -> Tensor:
         """Map x (B, D) to unit vectors (B, D)."""
         return nn.functional.normalize(x, dim=1)

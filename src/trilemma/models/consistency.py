@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Rng
+from trilemma.codecs import encoded
 from trilemma.diffusion.grids import even_share
 from trilemma.diffusion.schedules import Schedule
 from trilemma.diffusion.times import LogNormal
@@ -124,7 +125,7 @@ class Consistency(Objective):
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Return the distance between the pictures of two points of a path."""
         rng = batch.rng
-        x0 = model.codec.encode(batch.image)
+        x0 = encoded(model.codec, batch)
         t = self.times(rng, model.schedule)  # (B,)
         looked_at = torch.zeros_like(t)
         if self.critic is not None:
@@ -156,7 +157,7 @@ class Consistency(Objective):
     def critic_loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Tell the student's pictures from real ones."""
         critic, rng, label = cast(nn.Module, self.critic), batch.rng, self._label(model, batch)
-        x0 = model.codec.encode(batch.image)
+        x0 = encoded(model.codec, batch)
         condition = self.told(model, batch)
         with torch.no_grad():
             t = self._starts(model, rng)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
+from trilemma.codecs import encoded
 from trilemma.conditioning import SOURCES, source_of
 from trilemma.diffusion.grids import even_share
 from trilemma.diffusion.solvers import check
@@ -138,7 +139,7 @@ class Progressive(Objective):
     def loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Return the squared error of the student's output at the beginnings of its steps."""
         condition = self.told(model, batch)
-        x0 = model.codec.encode(batch.image)
+        x0 = encoded(model.codec, batch)
         step = batch.rng.integers(self.steps)
         times = even_share(model.schedule, 2 * self.steps).to(x0.device, torch.float32)
         t, middle, s = (times[2 * step + i] for i in range(3))

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Condition, Rng
-from trilemma.codecs import ClipEmbedding
+from trilemma.codecs import ClipEmbedding, encoded
 from trilemma.conditioning import ClipImage, ClipText, source_of
 from trilemma.model import DrawsEmbeddings, Frozen, Losses, Matches, Model, Phase, matching
 from trilemma.models.diffusion import Diffusion
@@ -147,7 +147,7 @@ class AutoregressivePrior(Model):
 
     def loss(self, batch: Batch) -> Losses:
         """Return the mean negative log probability of a component, in nats."""
-        codes = self.codes(self.codec.encode(batch.image))
+        codes = self.codes(encoded(self.codec, batch))
         told = self._told(batch.condition, batch.rng)
         before = self._said(codes[:, :-1], 0)
         sequence = torch.cat([told, before], dim=1)
