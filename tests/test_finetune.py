@@ -199,6 +199,8 @@ def test_two_are_put_on_with_weights_and_add_up(data, first, tmp_path):
     assert same(weights(out), one)
     with pytest.raises(UserError, match="name of a new .safetensors file"):
         adapters.merge(first, [files[0]], out)
+    with pytest.raises(UserError, match="nothing to merge"):
+        adapters.merge(first, [], tmp_path / "other.safetensors")
 
 
 def test_classes_are_carried_over_by_name(others, first, tmp_path, capsys):

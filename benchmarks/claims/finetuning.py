@@ -6,12 +6,12 @@ Hu et al. (2022), "LoRA", section 4: low-rank factors learn as well as all weigh
 
 A model is trained on the kinds 0 to 7 of Fashion-MNIST. Then there are 200 pictures of kinds 8 and
 9 (bags and ankle boots), by class: models learn from these for the same time of one processor core
-(which other work on the machine does not spend), from scratch and by fine-tuning. A run of a few
+(which other work on the machine does not spend), from scratch and by fine-tuning. A run of some
 steps tells how many images fit into the time; the time that was then taken is in the table. Each
 way is tried at several learning rates, as shares of the recipe's, and shown at the best, from
 scratch as well. EfficientNet-Lite0 compares 1,000 drawn pictures with the test pictures of the two
-kinds (Fréchet distance). Beside them stand the 200 pictures themselves, and the starting run before
-any tuning, drawing its own kinds.
+kinds (Fréchet distance). Beside them stand the 200 pictures themselves, and the starting run as it
+is, drawing its own kinds.
 
     python benchmarks/claims/finetuning.py
 """

@@ -265,8 +265,8 @@ def hold(model: Model, tuning: Tuning, new: Sequence[str]) -> str:
     if missed or not layers:
         rank = f" --rank {tuning.rank}" if tuning.mode == "lora" else ""
         raise UserError(
-            f"{', '.join(missed) or 'the model'}: no layer to tune with --tune {tuning.mode}{rank}; "
-            f"it has {_listed(able, 40) or 'none'}"
+            f"{', '.join(missed) or 'the model'}: no layer to tune with --tune {tuning.mode}"
+            f"{rank}; it has {_listed(able, 40) or 'none'}"
         )
     can = {name for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
