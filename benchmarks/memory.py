@@ -49,6 +49,8 @@ def train(name: str, folder: Path, steps: int) -> tuple[int, str]:
     settings = ["train.precision=fp32", "train.grids=0", "train.watches=0"]
     command = [sys.executable, "-m", "trilemma", "train", name, "--size", str(size)]
     command += ["--data", str(pictures / ("domains" if unpaired else "classes"))]
+    if "captions" in recipe.load(name)["about"]["needs"]:
+        command += ["--captions", "a picture of {label}"]
     command += ["--steps", str(steps), "--device", "cpu", "--json"]
     for change in settings + CHANGES.get(name, []):
         command += ["--set", change]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import comparison, edit, recipe, redraw, sampling, training
+from trilemma import comparison, edit, recipe, redraw, retrieval, sampling, training
 from trilemma.batch import Rng, to_float, to_uint8
 from trilemma.conditioning import SOURCES, source_of
 from trilemma.data import batches
@@ -22,24 +22,32 @@ from trilemma.translation import translate
 from trilemma.upscale import enlarge
 
 RECIPES = recipe.names()
-OTHERS = (tiny.translates, tiny.enlarges, tiny.restores, tiny.repairs, tiny.classifies)
+OTHERS = (
+    tiny.translates,
+    tiny.enlarges,
+    tiny.restores,
+    tiny.repairs,
+    tiny.classifies,
+    tiny.matches,
+)
 DRAWING = [name for name in RECIPES if not any(other(name) for other in OTHERS)]
 
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory):
-    """The data for recipes by whether they translate: class folders with captions, or two domains."""
+    """The data that recipes need: class folders, two domains, or captions beside pictures."""
     return {
-        False: load_data(
-            tiny.captions(tiny.pictures(tmp_path_factory.mktemp("pictures"))), split="all"
-        ),
-        True: load_data(tiny.domains(tmp_path_factory.mktemp("domains")), split="train"),
+        "classes": load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all"),
+        "domains": load_data(tiny.domains(tmp_path_factory.mktemp("domains")), split="train"),
+        "captions": load_data(tiny.captioned(tmp_path_factory.mktemp("captions")), split="all"),
     }
 
 
 @pytest.fixture
 def data(name, sets):
-    return sets[tiny.translates(name)]
+    if tiny.translates(name):
+        return sets["domains"]
+    return sets["captions" if tiny.reads_words(name) else "classes"]
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +134,8 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(name, data):
     model = build(name, data).train()
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         pytest.skip("batch normalisation looks at the whole batch")
+    if tiny.matches(name):
+        pytest.skip("each pair is told apart from all others of the batch")
     for phase in model.phases():
         whole = copy.deepcopy(model)
         wholly = next(p for p in whole.phases() if p.name == phase.name)
@@ -259,6 +269,23 @@ def test_classifiers(name, data, tmp_path):
     with pytest.raises(UserError, match="draws no pictures.*--classifier"):
         trained.sample(1)
     with pytest.raises(UserError, match="tells classes and draws none of its own"):
+        comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.matches(name)])
+def test_matchers(name, data, tmp_path):
+    changes = [*tiny.overrides(name), "train.grids=1"]
+    trained = fit(name, data, tmp_path / "run", steps=2, overrides=changes)
+    assert not trained.draws and not (tmp_path / "run" / "samples").exists()
+    images, loaded = data.tensor(slice(6)), sampling.load(tmp_path / "run")
+    vectors = retrieval.embed_images(trained, images)
+    assert vectors.norm(dim=1).allclose(torch.ones(6), atol=1e-3)
+    assert torch.equal(retrieval.embed_images(loaded, images), vectors), "a reloaded model differs"
+    apart = torch.cat([retrieval.embed_images(trained, part) for part in images.split(2)])
+    assert apart.allclose(vectors, atol=1e-2), "a vector depends on its batch"
+    with pytest.raises(UserError, match="draws no pictures.*trilemma search"):
+        trained.sample(1)
+    with pytest.raises(UserError, match="matches pictures and words and draws none of its own"):
         comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
 
 

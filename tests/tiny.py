@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,14 @@ SMALL: dict[str, dict] = {
     "networks.text.TextTransformer": {"width": 16, "depth": 1, "heads": 2, "embedding": 8},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
+    "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
+    "networks.text.TextTransformer": {
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "embedding": 4,
+        "context": 8,
+    },
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],
@@ -95,6 +102,23 @@ def classifies(name: str) -> bool:
     return recipe.load(name)["model"]["type"] == "models.classifier.Classifier"
 
 
+def matches(name: str) -> bool:
+    """Whether a packaged recipe tells which pictures and words go together, and draws nothing."""
+    return recipe.load(name)["model"]["type"] == "models.clip.CLIP"
+
+
+def reads_words(name: str) -> bool:
+    """Whether a packaged recipe needs pictures with captions."""
+    return "captions" in recipe.load(name)["about"]["needs"]
+
+
+def captioned(folder: Path) -> Path:
+    """Write the pictures of `pictures`, a caption beside each."""
+    for i, path in enumerate(sorted(pictures(folder).rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"{path.parent.name} number {i}")
+    return folder
+
+
 def domains(folder: Path) -> Path:
     """Write trainA and trainB, of 12 and 10 pictures: bright shapes on dark, dark on bright."""
     pictures(folder / "trainA", 12, 1)
@@ -114,16 +138,4 @@ def pictures(folder: Path, count: int = 20, classes: int = 3) -> Path:
         path = folder / f"class{i % classes}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    return folder
-
-
-def captions(folder: Path) -> Path:
-    """Write a caption for each picture of class folders: its colour, and its number in words."""
-    lines = []
-    for path in sorted(folder.rglob("*.png"), key=lambda path: int(path.stem)):
-        number = int(path.stem)
-        colour = ("red", "green", "blue")[number % 3]
-        name = path.relative_to(folder).as_posix()
-        lines.append(json.dumps({"file_name": name, "text": f"a {colour} square, {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder

@@ -68,6 +68,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+<<<<<<< HEAD
     """Read the trained model of a run folder, of a file, or of a name that comes with the package.
 
     Returns and errors as `read`.
@@ -75,6 +76,18 @@ def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path, packaged = Path(run), PACKAGED / f"{run}.safetensors"
     if not path.exists() and packaged.is_file():
         path = packaged
+=======
+    """Read the trained model of a run folder, a file or a CLIP's folder; returns as `read`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(run)
+    if (path / "config.json").is_file():  # of the Hugging Face hub
+        from trilemma.models import clip_keys
+
+        return clip_keys.read_folder(path)
+>>>>>>> clip
     return read(path / "model.safetensors" if path.is_dir() else path)
 
 

@@ -80,8 +80,8 @@ def evaluate(
         device_name: where the feature network runs; None picks the fastest there is.
         **sample_options: options for the model's `sample`, and `label`.
 
-    Of a model that joins pictures and texts (`model.Matches`) it is measured how well they find each
-    other: `retrieval.evaluate`.
+    Of a model that joins pictures and texts (`model.Matches`) it is measured how well they find
+    each other: `retrieval.evaluate`.
 
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
@@ -98,9 +98,7 @@ def evaluate(
         if not isinstance(data, Dataset):
             channels, size, _ = what.data["shape"]
             captions = what.recipe.get("data", {}).get("captions", ())
-            data = pictures.load(
-                data, split=split, size=size, channels=channels, captions=captions
-            )
+            data = pictures.load(data, split=split, size=size, channels=channels, captions=captions)
         return retrieval.evaluate(what, data)
     see = extractor(features, device_name)
     if bits and not (isinstance(what, Trained) and isinstance(what.model, HasLikelihood)):

@@ -94,7 +94,9 @@ def profile(name: str, size: int | None = None) -> dict[str, Any]:
 def _noise(size: int) -> Batch:
     shape = (PICTURES, 3, size, size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    condition = Condition(PICTURES, torch.arange(PICTURES) % CLASSES, source=image.flip(0))
+    label = torch.arange(PICTURES) % CLASSES
+    texts = [f"a picture of a red apple and {i} pears" for i in range(PICTURES)]
+    condition = Condition(PICTURES, label, text=texts, source=image.flip(0))
     return Batch(image, condition, LATE, Rng(range(PICTURES)))
 
 

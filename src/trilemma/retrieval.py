@@ -82,9 +82,14 @@ def zero_shot(
         names: of the K classes.
         templates: sentences, the name at `{}`; a class's vector is the mean of theirs.
     """
+    return embed_images(trained, images) @ _of_classes(trained, names, templates).T
+
+
+def _of_classes(trained: Trained, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Return the vectors (K, D) of classes."""
     sentences = [template.format(name) for name in names for template in templates]
     prompts = embed_texts(trained, sentences).unflatten(0, (len(names), len(templates)))
-    return embed_images(trained, images) @ class_vectors(prompts).T
+    return class_vectors(prompts)
 
 
 def evaluate(trained: Trained, data: Dataset) -> dict[str, Any]:
@@ -127,10 +132,9 @@ def evaluate(trained: Trained, data: Dataset) -> dict[str, Any]:
             protocol["texts"] = len(texts)
             protocol["by chance, recall@1"] = float(right.float().mean())
     if data.label is not None and len(data.label_names) > 1:
-        prompts = [template.format(name) for name in data.label_names for template in TEMPLATES]
-        vectors = embed_texts(trained, prompts).unflatten(0, (len(data.label_names), -1))
+        vectors = _of_classes(trained, data.label_names, TEMPLATES)
         label = torch.from_numpy(np.asarray(data.label)[rows])
-        scores["zero-shot accuracy"] = accuracy(images @ class_vectors(vectors).T, label)
+        scores["zero-shot accuracy"] = accuracy(images @ vectors.T, label)
         most = float(label.bincount().max() / len(label))
         protocol |= {"classes": len(data.label_names), "most frequent class": most}
         protocol["prompts"] = list(TEMPLATES)

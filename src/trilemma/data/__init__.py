@@ -45,7 +45,8 @@ def load(
     Args:
         source: a name (fashion, emoji, fashion-mnist, mnist, cifar10, celeba, hf:owner/name; the
             files of fashion-mnist, mnist, cifar10 and celeba may be given as NAME:FOLDER), or the
-            path of a folder, zip or parquet file of pictures. A folder named as a data set is given as ./NAME.
+            path of a folder, zip or parquet file of pictures, or of tar shards, `{00..12}.tar`. A
+            folder named as a data set is given as ./NAME.
         split: "train", "test" or "all". Pictures for validation are for testing where there are
             none for testing, and otherwise in "all" alone.
         size: side of the square pictures. None: their own size when all are squares of one size up

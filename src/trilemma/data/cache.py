@@ -212,7 +212,7 @@ def _key(
     digest = hashlib.sha256(json.dumps(record).encode())
     for s in scanned:
         i = s.item
-        line = [i.path, i.split, i.label, i.text, i.attributes, i.domain, s.digest]
+        line: list[Any] = [i.path, i.split, i.label, i.text, i.attributes, i.domain, s.digest]
         line += [i.more] * bool(i.more)
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()[:32]

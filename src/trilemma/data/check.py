@@ -45,7 +45,9 @@ def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
     pictures = [file for file in files if file["domain"] == "image"]
     images = np.load(folder / "images.npy", mmap_mode="r")
     text = folder / "text.json"
-    captions = sum(bool(t) for t in json.loads(text.read_text())) if text.exists() else 0
+    texts = json.loads(text.read_text()) if text.exists() else []
+    several = sum(len(t) for t in texts if isinstance(t, list))
+    captions = sum(bool(t) for t in texts)
     exact = _groups([file["sha256"] for file in pictures])
     duplicates = [[pictures[row]["path"] for row in group] for group in exact]
     near = [
@@ -71,6 +73,7 @@ def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
         ],
         "classes": _classes(pictures, meta["label_names"]),
         "captions": captions,
+        "several_captions": [sum(isinstance(t, list) for t in texts), several],
         "attributes": _attributes(folder, meta["attribute_names"]),
         "splits": meta["counts"],
         "source_splits": meta["source_counts"],
@@ -239,7 +242,9 @@ def describe(report: dict[str, Any]) -> str:
         if report[title]:
             lines.append(f"  {title:<11} {_some(report[title])}")
     if report["captions"]:
-        lines.append(f"  captions    {report['captions']}")
+        count, several = report["several_captions"]
+        more = f", of which {count} have several: {several}" if count else ""
+        lines.append(f"  captions    {report['captions']}{more}")
     for kind in ("exact", "near"):
         groups = report[f"{kind}_duplicates"]
         if groups:

@@ -7,6 +7,7 @@
 | class folders | every picture lies in one of two or more folders: the first folder is its class |
 | tables | metadata.csv/jsonl/parquet, CelebA's lists, NVIDIA's dataset.json |
 | captions | `img.txt` or `img.caption` beside `img.png`, a caption on each line |
+| shards | WebDataset's tar files: `img.txt`, `img.json` and `img.cls` beside `img.jpg` |
 | unlabelled | anything else: every picture at any depth |
 
 Splits combine with everything; tables and captions combine with class folders, and a table has the
@@ -43,6 +44,7 @@ from trilemma.data.metadata import (
     bit,
     read_facts,
 )
+from trilemma.data.shards import Shards
 from trilemma.data.table import Parquet
 from trilemma.errors import UserError
 
@@ -59,6 +61,19 @@ def recognise_rows(files: Parquet) -> Listing:
         raise UserError(f"no pictures in {files.place}: it has no rows")
     facts = Facts(tables=[files.place.name], rows=files.rows)
     return _combine(names, Listing("unlabelled", [Item(name) for name in names]), facts, {})
+
+
+def recognise_shards(files: Shards) -> Listing:
+    """Return the pictures in WebDataset's shards and what lies beside them."""
+    paths = sorted(files.paths(), key=natural)
+    pictures = [path for path in paths if suffix(path) in PICTURE_SUFFIXES]
+    if not pictures:
+        raise UserError(_nothing(files, paths))
+    tables = {path for path in paths if suffix(path) in METADATA_SUFFIXES}
+    places = Listing("unlabelled", [Item(path) for path in pictures])
+    facts = Facts(tables=["json and cls files"], rows=files.rows(pictures))
+    captions = _captions(pictures, tables, files)
+    return _combine(pictures, places, facts, captions)
 
 
 def recognise(files: Files) -> Listing:
@@ -207,8 +222,8 @@ def _combine(
         if empty is not None:
             unusable[place.path] = f"no {empty} in {table}"
             continue
-        told = row.get(text_column) if text_column else None
-        texts = _texts(told if isinstance(told, list) else [told])
+        said = row.get(text_column) if text_column else None
+        texts = _texts(said if isinstance(said, list) else [said])
         texts = texts or captions.get(place.path, [])
         uncaptioned += not texts
         split = str(row.get(split_column, "")).strip().lower() if split_column else ""

@@ -99,7 +99,7 @@ class Source(Protocol):
         ...
 
 
-Recogniser = Callable[["Files"], Listing]
+Recogniser = Callable[[Any], Listing]  # of the kind of Files that it is given to
 
 
 class Files(ABC):

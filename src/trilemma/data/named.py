@@ -26,8 +26,9 @@ import numpy as np
 
 from trilemma.data.cache import cache_root
 from trilemma.data.hub import Hub
-from trilemma.data.layouts import recognise, recognise_rows
+from trilemma.data.layouts import recognise, recognise_rows, recognise_shards
 from trilemma.data.listing import Folder, Item, Listing, Source, Zip
+from trilemma.data.shards import Shards, shards_in, shards_named
 from trilemma.data.table import Parquet
 from trilemma.errors import UserError
 
@@ -96,7 +97,7 @@ class Arrays:
 
 
 def find(source: str | Path) -> Source:
-    """Return the source that a name, a folder or a zip file means."""
+    """Return the source that a name, a folder or a file means."""
     text = str(source)
     name, _, place = text.partition(":")
     if isinstance(source, str):
@@ -105,6 +106,9 @@ def find(source: str | Path) -> Source:
         if name in NAMES and (place or text == name):
             return _named(name, Path(place).expanduser() if place else None)
     path = Path(source).expanduser()
+    shards = shards_in(path) if path.is_dir() else shards_named(text)
+    if shards:
+        return Shards(text, shards, recognise_shards)
     if path.is_dir():
         return Folder(text, path, recognise)
     if path.is_file():
@@ -113,7 +117,7 @@ def find(source: str | Path) -> Source:
         if path.suffix.lower() == ".parquet":
             return Parquet(text, path, recognise_rows)
         raise UserError(
-            f"{path} is a file; expected a folder of pictures, or a .zip or .parquet of them"
+            f"{path} is a file; expected a folder of pictures, or a .zip, .parquet or .tar of them"
         )
     names = ", ".join(NAMES)
     raise UserError(

@@ -22,7 +22,7 @@ def recalls(similarity: Tensor, right: Tensor, at: Sequence[int] = (1, 5, 10)) -
     asked = right.any(1)
     if not asked.any():
         raise ValueError("no query has a right answer")
-    nearest = similarity[asked].argsort(1, descending=True, stable=True)[:, : max(at)]
+    nearest = similarity[asked].argsort(stable=True, dim=1, descending=True)[:, : max(at)]
     found = right[asked].gather(1, nearest)
     return [float(found[:, :k].any(1).float().mean()) for k in at]
 

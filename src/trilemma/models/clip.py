@@ -56,8 +56,12 @@ class Join(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the scaled cosines (N, M) of unit vectors (N, D) and (M, D)."""
-        return self.log_scale.exp() * image @ text.mT
+        """Return the scaled cosines (N, M) of unit vectors (N, D) and (M, D).
+
+        In float32: bfloat16 would round a cosine times 100 to steps of a half.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            return self.log_scale.exp() * image.float() @ text.float().mT
 
     @torch.no_grad()
     def bound(self) -> None:
@@ -131,14 +135,13 @@ class CLIP(Model):
         parts = [slice(start, start + size) for start in range(0, len(ids), size)]
         image = self._by_chunks(self.embed_images, [(batch.image[part],) for part in parts])
         text = self._by_chunks(self.embed_tokens, [(ids[part], mask[part]) for part in parts])
-        same = (ids[:, None] == ids).all(-1)  # (B, B): pictures that share a caption
+        caption = torch.unique(ids, dim=0, return_inverse=True)[1]  # (B,): equal where texts are
+        same = caption[:, None] == caption
         return contrast(self.join.similarity(image, text), same) | {
             "scale": self.join.log_scale.exp().detach()
         }
 
-    def _by_chunks(
-        self, tower: Callable[..., Tensor], parts: list[tuple[Tensor, ...]]
-    ) -> Tensor:
+    def _by_chunks(self, tower: Callable[..., Tensor], parts: list[tuple[Tensor, ...]]) -> Tensor:
         """Return what a tower makes of all parts, keeping, of several, only that."""
         if len(parts) == 1:
             return tower(*parts[0])

@@ -238,8 +238,8 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, int(expand * width))
-        self.down = nn.Linear(int(expand * width), width)
+        inner = round(expand * width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         less = (2 * depth) ** -0.5
         for layer, std in (
             (self.qkv, width**-0.5),
