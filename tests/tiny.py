@@ -37,7 +37,6 @@ SMALL: dict[str, dict] = {
     "networks.quick_unet.QuickClassifier": {"channels": [16, 24], "blocks": [1, 1]},
     "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
-    "networks.text.TextTransformer": {"width": 16, "depth": 1, "heads": 2, "embedding": 8},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
     "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
