@@ -219,7 +219,7 @@ def test_texts_in_turn_and_one_stream_a_picture(run):
     assert not torch.equal(drawn, trained.sample(4, text="a red square", steps=2))
     with pytest.raises(UserError, match="at least one"):
         trained.sample(1, text=[])
-    with pytest.warns(UserWarning, match="cut to 24 tokens"):
+    with pytest.warns(UserWarning, match="cut to 8 tokens"):
         trained.sample(1, text="red " * 40, steps=1)
 
 

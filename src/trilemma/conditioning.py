@@ -18,6 +18,7 @@ one network learns the conditional and the unconditional distribution: Ho & Sali
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -257,7 +258,10 @@ class Text(Conditioner):
         where = self.whole.weight.device
         if isinstance(self.encoder, Pretrained):
             return self.encoder(texts, where)
-        ids, mask = (made.to(where) for made in self.tokenizer(texts, full=True))
+        with warnings.catch_warnings():
+            if self.training:  # that a caption is cut is said of what is asked for, not every step
+                warnings.simplefilter("ignore")
+            ids, mask = (made.to(where) for made in self.tokenizer(texts, full=True))
         each, whole = self.encoder(ids, mask)
         return each, mask, whole
 
