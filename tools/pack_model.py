@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from trilemma import checkpoint
 
 LARGEST = 16e6  # bytes
@@ -28,5 +26,5 @@ checkpoint.write(target, tensors, facts)
 size = target.stat().st_size
 if size > LARGEST:
     target.unlink()
-    sys.exit(f"{name} takes {size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}: take a smaller network")
+    sys.exit(f"{name} takes {size / 1e6:.1f} MB; expected {LARGEST / 1e6:.0f} at most")
 print(f"{target}: {size / 1e6:.1f} MB")

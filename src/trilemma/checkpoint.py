@@ -68,26 +68,20 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-<<<<<<< HEAD
-    """Read the trained model of a run folder, of a file, or of a name that comes with the package.
+    """Read the trained model of a run folder, a file, a CLIP's folder, or of the package.
 
-    Returns and errors as `read`.
-    """
-    path, packaged = Path(run), PACKAGED / f"{run}.safetensors"
-    if not path.exists() and packaged.is_file():
-        path = packaged
-=======
-    """Read the trained model of a run folder, a file or a CLIP's folder; returns as `read`.
+    A name that is no path may be that of a model that comes with the package. Returns as `read`.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = Path(run)
+    path, packaged = Path(run), PACKAGED / f"{run}.safetensors"
+    if not path.exists() and packaged.is_file():
+        path = packaged
     if (path / "config.json").is_file():  # of the Hugging Face hub
         from trilemma.models import clip_keys
 
         return clip_keys.read_folder(path)
->>>>>>> clip
     return read(path / "model.safetensors" if path.is_dir() else path)
 
 

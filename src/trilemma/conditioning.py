@@ -12,7 +12,7 @@ one network learns the conditional and the unconditional distribution: Ho & Sali
   colourisation, one with a hole for inpainting (Saharia et al. 2022, "Palette").
 - Text: captions, by a transformer that learns with the model, or a pretrained one held still; as
   tokens to attend to (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
-  Models", section 3.3) and as a vector, joined to the time (Podell et al. 2023, "SDXL", section 2.1).
+  Models", section 3.3), and as a vector joined to the time (Podell et al. 2023, "SDXL", 2.1).
 - Together: several of these.
 """
 
@@ -174,8 +174,8 @@ class Attributes(Conditioner):
 class Pretrained(nn.Module):
     """A pretrained text encoder from a folder, held still, through `transformers`.
 
-    Its weights stay in the folder: a checkpoint names it, and needs it again. What it makes of a text
-    is kept, for captions come back every epoch.
+    Its weights stay in the folder: a checkpoint names it, and needs it again. What it makes of a
+    text is kept, for captions come back every epoch.
 
     Args:
         path: a folder of a sentence encoder (BERT-like) or of CLIP, `config.json`, weights in
@@ -201,7 +201,7 @@ class Pretrained(nn.Module):
             made = self._read(new, self.context)
             self._known |= dict(zip(new, zip(*made, strict=True), strict=True))
         each, mask, whole = zip(*(self._known[text] for text in texts), strict=True)
-        return tuple(torch.stack(part).to(where) for part in (each, mask, whole))  # type: ignore[return-value]
+        return _stacked(each, where), _stacked(mask, where), _stacked(whole, where)
 
 
 class Text(Conditioner):
@@ -446,6 +446,10 @@ def _told(
     if rng is not None and dropout:
         label = torch.where(rng.uniform() < dropout, classes, label)
     return label
+
+
+def _stacked(parts: Sequence[Tensor], where: torch.device) -> Tensor:
+    return torch.stack(tuple(parts)).to(where)
 
 
 @cache

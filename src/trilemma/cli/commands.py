@@ -208,7 +208,7 @@ def sample(
     n: Annotated[
         int | None,
         typer.Option(
-            "-n", "--n", min=1, help="How many.", show_default="64; 16 of a text, 1 of each of several"
+            "-n", "--n", min=1, help="How many.", show_default="64; 16 of a text, 1 each of more"
         ),
     ] = None,
     seed: Seed = 0,
