@@ -3,15 +3,15 @@
     python benchmarks/emoji_text.py FOLDER --out runs/emoji-text
 
 FOLDER holds emoji-noto.parquet and emoji-twemoji.parquet (name, keywords, category, subcategory,
-skin tone, drawing). Every drawing, on white, gets several captions: its name, its keyword, its kind,
-its designer and its colours, as they are measured: "green apple", "apple, green", "fruit: green
-apple, twemoji style". The split is that of the packaged data set `emoji`: near-copies together.
+skin tone, drawing). Every drawing, on white, gets several captions: its name, its keyword, its
+kind, its designer and its colours, as they are measured: "green apple", "apple, green", "fruit:
+green apple, twemoji style". The split is that of the packaged data `emoji`: near-copies together.
 
 Of things that may have any colour (no flags, no people) there are also drawings in three other
 colours, chosen by the hash of the name: all of the drawing that has its main hue is given another,
-and the caption says so, "purple apple". What a colour word means is then seen on hundreds of things,
-and (thing, colour) pairs that are not chosen are compositions which no training picture shows:
-`unseen.json` lists them, for `benchmarks/claims/words.py`.
+and the caption says so, "purple apple". What a colour word means is then seen on hundreds of
+things, and (thing, colour) pairs that are not chosen are compositions which no training picture
+shows: `unseen.json` lists them, for `benchmarks/claims/words.py`.
 
 Of each person one tone in five is kept, and one in twenty-five of two people's; they were 60 % of
 all pictures. Captions of a picture are a list under `text` in `metadata.jsonl`.
@@ -50,7 +50,7 @@ def share_of(text: str) -> float:
 
 
 def hue_saturation_value(drawing: np.ndarray) -> np.ndarray:
-    """Return (3, pixels): degrees, and two numbers in [0, 1], of RGBA (H, W, 4) where it is solid."""
+    """Return (3, pixels): degrees and two numbers in [0, 1], of RGBA (H, W, 4) where solid."""
     solid = rgb_to_hsv(drawing[drawing[:, :, 3] > 128][:, :3] / 255)
     return solid.T * [[360], [1], [1]]
 
@@ -148,8 +148,8 @@ def main() -> None:
     split = {row["file_name"]: row["split"] for row in map(json.loads, lines)}
     rows = []
     for designer in ("noto", "twemoji"):
-        for row in pyarrow.parquet.read_table(given.source / f"emoji-{designer}.parquet").to_pylist():
-            rows.append({**row, "designer": designer})
+        table = pyarrow.parquet.read_table(given.source / f"emoji-{designer}.parquet")
+        rows += [{**row, "designer": designer} for row in table.to_pylist()]
     records, seen, things = [], set(), set()
 
     def put(drawing: np.ndarray, name: str, part: str, category: str, text: list[str]) -> None:
@@ -175,8 +175,9 @@ def main() -> None:
         ranked = sorted(HUES, key=lambda colour: share_of(f"{name} {colour}"))
         for colour in [c for c in ranked[: OTHERS + 1] if c not in colours][:OTHERS]:
             seen.add((name, colour))
-            text = [f"{colour} {name}", f"{name}, {colour}", f"{colour} {name}, {row['designer']} style"]
-            put(recoloured(drawing, hue, colour), f"{stem}-{colour}.png", part, row["category"], text)
+            made, style = recoloured(drawing, hue, colour), f"{row['designer']} style"
+            text = [f"{colour} {name}", f"{name}, {colour}", f"{colour} {name}, {style}"]
+            put(made, f"{stem}-{colour}.png", part, row["category"], text)
     with (given.out / "metadata.jsonl").open("w") as table:
         table.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     unseen = [[name, c] for name in sorted(things) for c in HUES if (name, c) not in seen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,6 @@ SMALL: dict[str, dict] = {
     "networks.quick_unet.QuickClassifier": {"channels": [16, 24], "blocks": [1, 1]},
     "networks.pixelcnn.PixelCNN": {"channels": 8, "dilations": [1, 2]},
     "networks.transformer.CausalTransformer": {"width": 16, "layers": 2, "heads": 2},
-    "networks.text.TextTransformer": {"width": 16, "depth": 1, "heads": 2, "embedding": 8},
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
     "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
@@ -126,16 +124,4 @@ def pictures(folder: Path, count: int = 20, classes: int = 3) -> Path:
         path = folder / f"class{i % classes}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    return folder
-
-
-def captions(folder: Path) -> Path:
-    """Write a caption for each picture of class folders: its colour, and its number in words."""
-    lines = []
-    for path in sorted(folder.rglob("*.png"), key=lambda path: int(path.stem)):
-        number = int(path.stem)
-        colour = ("red", "green", "blue")[number % 3]
-        name = path.relative_to(folder).as_posix()
-        lines.append(json.dumps({"file_name": name, "text": f"a {colour} square, {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder

@@ -1,15 +1,16 @@
 """Words obeyed: do pictures drawn by text show what the text says, and what no picture has shown?
 
-Ho & Salimans (2021) and Rombach et al. (2022): with classifier-free guidance a model follows its
-text more closely, at the cost of variety. Compositionality is the harder half: a model that has seen
-red apples and blue hearts should draw blue apples.
+Ho & Salimans (2021), Rombach et al. (2022): with classifier-free guidance a model follows its text
+more closely, at the cost of variety. Compositionality is the harder half: a model that has seen red
+apples and blue hearts should draw blue apples.
 
 A model of `benchmarks/emoji_text.py`'s pictures draws, at each guidance,
 
 - the captions of held-out test pictures: the share whose own caption CLIP finds first, and among
-  five, of all the different ones (a run of the recipe `clip`); the share whose category a run of the
-  recipe `classifier` tells; FD-Lite0 to the test pictures. Real pictures under the same captions
-  bound what can be reached, and the right caption by chance is one in as many as there are;
+  five, of all the different ones (a run of the recipe `clip`); the share whose category a run of
+  the recipe `classifier` tells; FD-Lite0 to the test pictures. Real pictures under the same
+  captions bound what can be reached, and the right caption by chance is one in as many as there
+  are;
 - "COLOUR THING" for pairs that training pictures show and for pairs that none shows: the share in
   which the colour asked for is one of the two that fill most of the drawing.
 

@@ -35,8 +35,8 @@ GUIDANCE = {
     "clip_scale": "clip_scale",
     "crops": "crops",
 }
-"""The options that guide, and what each is of a `Guidance`. `guide_with`, `classifier` and `clip` are
-runs, by path or loaded; `guide` is a function, by module:function or itself."""
+"""The options that guide, and what each is of a `Guidance`. `guide_with`, `classifier` and `clip`
+are runs, by path or loaded; `guide` is a function, by module:function or itself."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Trained:
         clip = opened.get("clip")
         if clip is not None and not clip.matches:
             raise UserError(
-                f"{clip.path} is a {clip.name}, which does not know how well a text fits a picture; "
-                "give a run of the recipe clip"
+                f"{clip.path} is a {clip.name}, which does not know how well a text fits a "
+                "picture; give a run of the recipe clip"
             )
         if clip is not None and clip.data["shape"] != self.data["shape"]:
             raise UserError(
@@ -357,7 +357,8 @@ class Trained:
         chosen = self.arguments({**self.options(options), **options})
         where = next(self.model.parameters()).device
         dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
-        by_gradients = any(options.get(name) is not None for name in ("guide", "classifier", "clip"))
+        followed = ("guide", "classifier", "clip")
+        by_gradients = any(options.get(name) is not None for name in followed)
         without = torch.no_grad if by_gradients else torch.inference_mode
         for start in range(0, n, batch):
             count = min(batch, n - start)

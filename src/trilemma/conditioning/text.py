@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Pretrained(nn.Module):
             made = self._read(new, self.context)
             self._known |= dict(zip(new, zip(*made, strict=True), strict=True))
         each, mask, whole = zip(*(self._known[text] for text in texts), strict=True)
-        return tuple(torch.stack(part).to(where) for part in (each, mask, whole))  # type: ignore[return-value]
+        return _stacked(each, where), _stacked(mask, where), _stacked(whole, where)
 
 
 class Text(Conditioner):
@@ -104,13 +105,20 @@ class Text(Conditioner):
         where = self.whole.weight.device
         if isinstance(self.encoder, Pretrained):
             return self.encoder(texts, where)
-        ids, mask = (made.to(where) for made in self.tokenizer(texts, full=True))
+        with warnings.catch_warnings():
+            if self.training:  # that a caption is cut is said of what is asked for, not every step
+                warnings.simplefilter("ignore")
+            ids, mask = (made.to(where) for made in self.tokenizer(texts, full=True))
         each, whole = self.encoder(ids, mask)
         return each, mask, whole
 
     def nothing(self, condition: Condition) -> Embedded:
         """Embed the empty text for the images of `condition`."""
         return self(Condition(condition.count))
+
+
+def _stacked(parts: Sequence[Tensor], where: torch.device) -> Tensor:
+    return torch.stack(tuple(parts)).to(where)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Guidance by words, of a model that knows none: by CLIP, which tells how well a text fits a picture.
+"""Guidance by words, of a model that knows none: by CLIP, which tells how a text fits a picture.
 
 For the picture x_0 that the model expects, crops T_k of it, and the unit vectors that CLIP makes of
 pictures and of texts, the guide is
@@ -6,7 +6,7 @@ pictures and of texts, the guide is
     g(x_0) = 100 / K  sum_k  cos(image(T_k x_0), text)
 
 and `guidance.by_guide` goes along its gradient. 100 is the largest temperature of CLIP's training
-(Radford et al. 2021), so that g is as a log probability among the texts it was taught to tell apart.
+(Radford et al. 2021), so that g is as a log probability among texts that it tells apart.
 One view alone is easily cheated: pixels change, CLIP is pleased, and nobody sees why. Random crops,
 other ones at every step, must all be pleased, and the adversarial part averages out: Crowson et al.
 2022, "VQGAN-CLIP: Open Domain Image Generation and Editing with Natural Language Guidance", section

@@ -250,14 +250,12 @@ class DiT(nn.Module):
             said.append(embedded.vector)
         if self.modulation is not None:
             if (embedded.tokens is not None) != self.crosses:
-                raise ValueError(
-                    f"conditioning {self.conditioning} reads "
-                    + (
-                        "tokens, and there are none; use adaln-zero for labels"
-                        if self.crosses
-                        else "a vector and no tokens; use in-context, cross-attention or adaln-cross"
-                    )
+                wants = (
+                    "tokens, and there are none; use adaln-zero for labels"
+                    if self.crosses
+                    else "a vector and no tokens; use in-context, cross-attention or adaln-cross"
                 )
+                raise ValueError(f"conditioning {self.conditioning} reads {wants}")
             h = self._modulated(h, sum(said[1:], said[0]), turn, embedded)
         else:
             tokens, mask = torch.stack(said, dim=1), None  # (B, T, D)
