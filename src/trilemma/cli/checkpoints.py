@@ -62,8 +62,7 @@ def finetune(
         path, data, out, tuning, size=size, device_name=device, precision=precision, parts=parts
     )
     losses = [
-        loss
-        for _, loss in track(told, "learning", total=steps, console=screen, transient=True)
+        loss for _, loss in track(told, "learning", total=steps, console=screen, transient=True)
     ]
     result = out if full else out / LORA_FILE
     if as_json:

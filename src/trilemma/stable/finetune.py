@@ -248,7 +248,9 @@ class Cache:
 
     def latents(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of these pictures."""
-        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(1)
+        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(
+            1
+        )
         return mean, deviation
 
     def embedded(self, captions: Sequence[str]) -> Embedded:
@@ -344,8 +346,8 @@ def _let_learn(network: nn.Module, tuning: Tuning) -> list[nn.Parameter]:
     layers = lora.fitting(network, tuning.rank, tuning.targets)
     if not layers:
         raise UserError(
-            f"no layer of this network is named {', '.join(tuning.targets)} and larger than factors "
-            f"of rank {tuning.rank}"
+            f"no layer of this network is named {', '.join(tuning.targets)} and larger than "
+            f"factors of rank {tuning.rank}"
         )
     torch.manual_seed(tuning.seed)
     lora.attach(network, layers, tuning.rank, tuning.scale)
@@ -399,8 +401,8 @@ def tune(
     path, out, whole = Path(path), Path(out), tuning.rank is None
     if whole and not path.is_dir():
         raise UserError(
-            f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA of "
-            "either"
+            f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA "
+            "of either"
         )
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts)
@@ -409,9 +411,7 @@ def tune(
         source, size=size or opened.size, multiple=opened.multiple, channels=3
     )
     out.mkdir(parents=True, exist_ok=True)
-    yield from finetune(
-        model, pictures, out, tuning, precision, str(path.resolve())
-    )
+    yield from finetune(model, pictures, out, tuning, precision, str(path.resolve()))
     if whole:
         part = "unet" if isinstance(opened, StableDiffusion) else "transformer"
         shutil.copytree(

@@ -408,7 +408,9 @@ class Flux1(Rectified):
 def moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (B, C, h, w) of the latents of images (B, 3, H, W) in [-1, 1]."""
     if not isinstance(autoencoder, KLAutoencoder):
-        raise UserError("a tiny autoencoder tells no deviation of latents; take the checkpoint's own")
+        raise UserError(
+            "a tiny autoencoder tells no deviation of latents; take the checkpoint's own"
+        )
     mean, deviation = autoencoder.posterior(images)
     scale = autoencoder.scale
     return (mean - autoencoder.shift) * scale, deviation * scale
