@@ -345,11 +345,11 @@ def _checkpoint(
     told = {"lora": asked["loras"], "prediction": asked["prediction"]}
     tiny, size, texts = given.pop("preview", None), given.pop("size", None), given.pop("text", [])
     plain = ("image", "mask", "negative", "strength", "steps", "solver", "guidance", "rescale")
-    options = {key: given.pop(key) for key in (*plain, "tile") if key in given}
+    options = {key: given.pop(key) for key in plain if key in given}
     if given:
         raise UserError(
             f"{path} cannot be sampled with {', '.join(given)}; a checkpoint takes text, size, "
-            f"lora, {', '.join(plain)}, and the options tile, preview, precision and prediction"
+            f"lora, {', '.join(plain)}, and the options preview, precision and prediction"
         )
     stable = load.load(path, device, **asked)
     preview = None if tiny is None else load.tiny(tiny, stable)

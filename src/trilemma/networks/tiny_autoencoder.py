@@ -86,7 +86,7 @@ class TinyAutoencoder(nn.Module):
         """Map images (B, 3, H, W) to latents (B, D, h, w); there is no noise in them."""
         return self.encoder((image + 1) / 2).float() * self.scale
 
-    def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
-        """Map latents (B, D, h, w) to images (B, 3, H, W), not clipped; always in one piece."""
+    def decode(self, latent: Tensor, bands: bool = False) -> Tensor:
+        """Map latents (B, D, h, w) to images (B, 3, H, W), not clipped; never in bands."""
         x = self.decoder(torch.tanh(latent / self.scale / 3) * 3)
         return x.float() * 2 - 1

@@ -32,8 +32,8 @@ from trilemma.networks.tiny_autoencoder import TinyAutoencoder
 from trilemma.stable.schedule import Spacing
 from trilemma.stable.text import Reader
 
-TILE, WHOLE = 64, 96
-"""Side of the tiles of decoding, and of the largest latents that are decoded whole by default."""
+WHOLE = 96
+"""Side of the largest latents that are not decoded in bands."""
 
 Autoencoder = KLAutoencoder | TinyAutoencoder
 Watch = Callable[[int, Tensor], None]
@@ -87,7 +87,6 @@ class StableDiffusion:
         rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-        tile: int | None = None,
         watch: Watch | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> Tensor:
@@ -106,7 +105,6 @@ class StableDiffusion:
             rescale: of guidance: `guidance.classifier_free`.
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
-            tile: side of the decoder's tiles in latent pixels, 0 for none; if None, as is needed.
             watch: called after each step.
             own: options of the solver.
 
@@ -155,7 +153,6 @@ class StableDiffusion:
                 guidance,
                 rescale,
                 (height, width),
-                tile,
                 watch,
             )
 
@@ -173,7 +170,6 @@ class StableDiffusion:
         guidance: float,
         rescale: float,
         size: tuple[int, int],
-        tile: int | None,
         watch: Watch | None,
     ) -> Tensor:
         count, factor = len(texts), self.autoencoder.factor
@@ -212,14 +208,13 @@ class StableDiffusion:
                 x.copy_(small * x + (1 - small) * (alpha * kept + sigma * noise))
             if watch is not None:
                 watch(i + 1, expected)
-        return self.decode(x, tile)
+        return self.decode(x)
 
-    def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], one after another."""
-        if tile is None:
-            tile = TILE if latent.shape[2] * latent.shape[3] > WHOLE**2 else 0
+        bands = latent.shape[2] * latent.shape[3] > WHOLE**2
         with torch.inference_mode(), device.autocast(self.kind, self.where):
-            parts = [self.autoencoder.decode(one[None], tile) for one in latent]
+            parts = [self.autoencoder.decode(one[None], bands) for one in latent]
         return torch.cat(parts).clamp(-1, 1)
 
     def with_autoencoder(self, autoencoder: Autoencoder) -> StableDiffusion:
