@@ -357,6 +357,26 @@ def _checkpoint(
     return drawing.save(stable, path, texts, out, n=n, seed=seed, batch=batch, **options)
 
 
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    to: Annotated[str, typer.Option(help="The form: diffusers.")] = "diffusers",
+    as_json: Json = False,
+) -> None:
+    """Write a trained diffusion model as another library loads it."""
+    if to != "diffusers":
+        raise typer.BadParameter(f"'{to}' is not known; expected diffusers", param_hint="--to")
+    from trilemma import sampling
+    from trilemma.export import to_diffusers
+
+    made = to_diffusers(sampling.load(run, "cpu"), out)
+    if as_json:
+        say({"folder": str(made)})
+    else:
+        screen.print(f"written to {made}: diffusers.DiffusionPipeline.from_pretrained('{made}')")
+
+
 @app.command("tune-steps")
 def tune_steps(
     run: Run,
