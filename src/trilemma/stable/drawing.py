@@ -16,7 +16,7 @@ from trilemma import sampling
 from trilemma.batch import Rng, to_uint8
 from trilemma.errors import UserError
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
-from trilemma.stable.pipeline import StableDiffusion
+from trilemma.stable.pipeline import GUIDANCE, STEPS, StableDiffusion
 
 
 def read_image(path: Path, size: tuple[int, int] | None, factor: int, grey: bool = False) -> Tensor:
@@ -136,9 +136,9 @@ def _metadata(
     info.add_text("trilemma", json.dumps(facts))
     options = facts["sample"]
     said = {
-        "Steps": options.get("steps", stable.steps),
+        "Steps": options.get("steps", STEPS),
         "Sampler": options.get("solver", stable.spacing.solver),
-        "CFG scale": options.get("guidance", stable.guidance),
+        "CFG scale": options.get("guidance", GUIDANCE),
         "Seed": facts["seed"],
         "Size": f"{picture.shape[2]}x{picture.shape[1]}",
         "Model": Path(facts["checkpoint"]).stem,

@@ -80,13 +80,14 @@ def load(
     path = Path(path)
     where = device.pick(device_name)
     kind = device.dtype(precision, where)
+    device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
+    if prediction not in (None, "epsilon", "v_prediction"):
+        raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
     if path.is_dir():
         opened = _folder(path, where, kind)
     else:
         opened = _file(path, where, kind)
     if prediction is not None:
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
         opened = replace(opened, spacing=replace(opened.spacing, prediction=prediction))
     for each in loras:
         lora.add(opened, each)
@@ -152,8 +153,6 @@ def _joined(
             f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} and latents have "
             f"{latent}; expected {latent} or {2 * latent + 1} to {latent}"
         )
-    if device.channels_last(where, kind):  # weights are; small ones that were made anew are too
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return StableDiffusion(unet, coder, reader, spacing, size, zeros, kind, where)
 
 

@@ -132,6 +132,7 @@ def _flat(name: str, blocks: int) -> str:
     name = re.sub(r"^text_encoder\.", "lora_te1_", name)
     name = name.replace(".", "_")
     name = re.sub(r"_to_out$", "_to_out_0", name)
+    name = re.sub(r"^(lora_te\d?)_encoder_", r"\1_text_model_encoder_", name)
     match = re.match(r"lora_unet_(input|output)_blocks_(\d+)_(\d+)_(.*)", name)
     if match:
         rest = ORIGINAL.get(match[4], match[4])
