@@ -74,9 +74,7 @@ def unet(version, channels=4):
     both = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     told = dict(sample_size=16, in_channels=channels, layers_per_block=1, norm_num_groups=32)
     if version == "1":
-        told |= dict(
-            block_out_channels=(32, 64), cross_attention_dim=64, attention_head_dim=8
-        )
+        told |= dict(block_out_channels=(32, 64), cross_attention_dim=64, attention_head_dim=8)
     elif version == "2":
         told |= dict(
             block_out_channels=(64, 128),
@@ -107,7 +105,10 @@ def pipeline(version="1", channels=4, prediction="epsilon", vocabulary=None):
     """A pipeline of diffusers; with a vocabulary of CLIP's size, for single files."""
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
-        **SCALED, steps_offset=1, clip_sample=False, set_alpha_to_one=False,
+        **SCALED,
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
         prediction_type=prediction,
     )
     words = vocabulary or 514

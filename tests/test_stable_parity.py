@@ -13,7 +13,6 @@ pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import stable_tiny as tiny  # noqa: E402
-
 from trilemma.batch import Rng  # noqa: E402
 from trilemma.errors import UserError  # noqa: E402
 from trilemma.stable import files, load, text  # noqa: E402
@@ -198,7 +197,9 @@ def test_single_files_draw_what_folders_do(tmp_path, version, half):
         pipe.vae.register_to_config(scaling_factor=0.13025)
     if half:
         pipe.to(torch.float16)
-    pipe.save_pretrained(tmp_path / "folder", safe_serialization=True, variant="fp16" * half or None)
+    pipe.save_pretrained(
+        tmp_path / "folder", safe_serialization=True, variant="fp16" * half or None
+    )
     save_file(tiny.single(pipe, version), tmp_path / "single.safetensors")
     drawn = [
         load.load(tmp_path / name, "cpu", precision="fp32").draw(
@@ -278,7 +279,9 @@ def test_lora(saved, tmp_path, layout):
         change = (up.flatten(1) @ down.flatten(1)).view_as(own) * 0.5 * 2 / 3
         close(stable.unet.get_submodule(name).weight, own + change, 1e-6)
     again = load.load(folder, "cpu", precision="fp32")  # the file was not written to
-    close(again.unet.get_submodule(LAYERS[0]).weight, pipe.unet.get_submodule(LAYERS[0]).weight, 0.0)
+    close(
+        again.unet.get_submodule(LAYERS[0]).weight, pipe.unet.get_submodule(LAYERS[0]).weight, 0.0
+    )
 
 
 def test_lora_of_another_model_is_refused(saved, tmp_path):

@@ -4,8 +4,8 @@ What fits is a `networks.unet.UNet` of pixels whose residual blocks are shifted 
 shifted by the time and whose levels are joined by convolutions (the recipe ddpm): it is a
 UNet2DModel under other names. Two things are not the same there, and are made so:
 
-- Our step k is time (k + 1) / T, theirs k. An angle one step further is a rotation of its cosine and
-  sine, which is linear, so it goes into the first layer of the time embedding.
+- Our step k is time (k + 1) / T, theirs k. An angle one step further is a rotation of its cosine
+  and sine, which is linear, so it goes into the first layer of the time embedding.
 - Labels are vectors added to the time embedding there as here; the last, one more than the classes,
   is "nothing said".
 
@@ -30,6 +30,7 @@ from trilemma.conditioning import Labels
 from trilemma.diffusion.schedules import Betas
 from trilemma.errors import UserError
 from trilemma.models.diffusion import Diffusion
+from trilemma.networks.layers import GroupNorm
 from trilemma.networks.unet import Attention, Level, ResidualBlock, UNet
 from trilemma.sampling import Trained
 
@@ -110,14 +111,17 @@ def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[s
     """Return a U-Net's weights under diffusers' names, and the config that says what it is."""
     told = trained.recipe["model"]["network"]
     levels = [module for module in network.modules() if isinstance(module, Level)]
-    norms = {module.groups for module in network.modules() if hasattr(module, "groups") and hasattr(module, "eps")}
+    norms = {module.groups for module in network.modules() if isinstance(module, GroupNorm)}
     blocks, multipliers = told.get("blocks", 2), told.get("multipliers", (1, 2, 2, 2))
     if network.patch != 1 or told.get("resample", "conv") != "conv" or told.get("rescale"):
         raise _unfit(trained, "its U-Net folds pixels, resamples in blocks or rescales sums")
     if len(norms) != 1:
-        raise _unfit(trained, f"its normalisations are of {sorted(norms)} groups, not of one number")
+        raise _unfit(
+            trained, f"its normalisations are of {sorted(norms)} groups, not of one number"
+        )
     if network.embedding_dim != 4 * network.channels:
         raise _unfit(trained, f"its time embedding is {network.embedding_dim} wide, not 4 channels")
+    groups = norms.pop()
     weights: dict[str, Tensor] = {}
 
     def put(name: str, module: torch.nn.Module) -> None:
@@ -175,7 +179,8 @@ def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[s
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "attention_head_dim": told.get("head_channels"),
-        "norm_num_groups": norms.pop(),
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups,
         "norm_eps": levels[0].block.norm_in.eps,
         "resnet_time_scale_shift": {"shift": "default", "scale-shift": "scale_shift"}[
             told.get("norm", "shift")

@@ -50,9 +50,7 @@ class Middle(nn.Module):
         super().__init__()
         if attention:
             self.attentions = nn.ModuleList([PlaceAttention(channels, groups)])
-        self.resnets = nn.ModuleList(
-            Resnet(channels, channels, 0, groups, EPS) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(Resnet(channels, channels, 0, groups, EPS) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
@@ -92,9 +90,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         levels, before = [], channels[0]
         for i, width in enumerate(channels):
-            resnets = [
-                Resnet(width if j else before, width, 0, groups, EPS) for j in range(blocks)
-            ]
+            resnets = [Resnet(width if j else before, width, 0, groups, EPS) for j in range(blocks)]
             smaller = Resize(width, 2, padding=0) if i < len(channels) - 1 else None
             levels.append(Level(resnets, smaller, down=True))
             before = width

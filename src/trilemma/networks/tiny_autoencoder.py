@@ -79,7 +79,10 @@ class TinyAutoencoder(nn.Module):
         for i, blocks in enumerate(decoder):
             up += [Block(channels) for _ in range(blocks)]
             if i < len(decoder) - 1:
-                up += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)]
+                up += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+                ]
         self.decoder = Part([*up, nn.Conv2d(channels, 3, 3, padding=1)])
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:

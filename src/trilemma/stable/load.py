@@ -28,9 +28,7 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
-SUPPORTED = (
-    "a diffusers folder or a single safetensors file of Stable Diffusion 1, 2 or XL"
-)
+SUPPORTED = "a diffusers folder or a single safetensors file of Stable Diffusion 1, 2 or XL"
 SCALED = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
 SCALED |= {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False}
 """What single files, which say nothing of it, were trained with."""
@@ -109,7 +107,9 @@ def _folder(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusi
         tokenizer = text.tokenizer(words)
         config = files.read_json(folder / "config.json")
         tensors = files.weights(folder, ("model", "diffusion_pytorch_model"))
-        towers.append(text.Tower(tokenizer, text.encoder(config, tensors, str(folder), where, kind)))
+        towers.append(
+            text.Tower(tokenizer, text.encoder(config, tensors, str(folder), where, kind))
+        )
     if not towers:
         raise UserError(f"{path} has no text_encoder folder: it is not complete; fetch it again")
     reader = text.Reader(towers, inner=large)
@@ -182,7 +182,9 @@ def tiny(path: str | Path, like: StableDiffusion) -> TinyAutoencoder:
     if path.is_dir():
         coder = _coder(path, like.where, like.kind)
         if not isinstance(coder, TinyAutoencoder):
-            raise UserError(f"{path} is no tiny autoencoder; expected a folder of an AutoencoderTiny")
+            raise UserError(
+                f"{path} is no tiny autoencoder; expected a folder of an AutoencoderTiny"
+            )
     else:
         tensors = keys.tiny_part(files.read(path)[0])
         if "layers.0.weight" not in tensors or "layers.3.conv.0.weight" not in tensors:
@@ -266,9 +268,7 @@ def _reader(
         return text.Reader([tower(keys.TEXT1, False, end)], inner=False), "1"
     if has(keys.TEXT2):
         return text.Reader([tower(keys.TEXT2, True, "!", drop=True)], inner=False), "2"
-    raise UserError(
-        f"{path} holds no text encoder; expected one beside the U-Net, in {SUPPORTED}"
-    )
+    raise UserError(f"{path} holds no text encoder; expected one beside the U-Net, in {SUPPORTED}")
 
 
 def _prediction(version: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:

@@ -63,7 +63,9 @@ class Start(NamedTuple):
 def _solver(name: str, own: Mapping[str, Any]) -> solvers.Solver:
     """Return a solver by name; raises UserError when there is none, or it does not fit."""
     if name in UNFIT:
-        raise UserError(f"solver {name} does not go by the steps of a checkpoint; use ddim or dpmpp_2m")
+        raise UserError(
+            f"solver {name} does not go by the steps of a checkpoint; use ddim or dpmpp_2m"
+        )
     try:
         return solvers.check(name, own)
     except ValueError as error:
@@ -151,7 +153,9 @@ class StableDiffusion:
             times = times[steps - int(steps * strength) :]
         unscaled = self.spacing.unscaled(name)
         with device.autocast(self.kind, self.where):
-            start = self._start(rng, image, mask, strength, float(times[0]), unscaled, height, width)
+            start = self._start(
+                rng, image, mask, strength, float(times[0]), unscaled, height, width
+            )
             denoise = self._denoiser(
                 texts, negative, guidance, rescale, start.told, (height, width)
             )
@@ -250,11 +254,13 @@ class StableDiffusion:
         told: Tensor | None,
         size: tuple[int, int],
     ) -> Denoiser:
-        """Return the denoiser of pictures of a size under texts, guided away from a negative one."""
+        """Return the denoiser of pictures under texts, guided away from a negative one."""
         count, guided = len(texts), guidance != 1
         read = self.reader([*texts, *[negative or ""] * (count if guided else 0)])
         if guided and negative is None and self.zeros:
-            read = Embedded(vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count))
+            read = Embedded(
+                vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count)
+            )
         numbers = self._numbers(size, count, guided)
 
         def predict(x: Tensor, t: float) -> Tensor:
