@@ -78,9 +78,7 @@ def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     for name, steps in (("ddpm", 2), ("quick-diffusion", 2), ("classifier", 60)):
         changes = [*tiny.overrides(name), "train.warmup=0", "train.ema_halflife=0"]
-        training.train(
-            name, folder, out=out / name, steps=steps, overrides=changes, quiet=True
-        )
+        training.train(name, folder, out=out / name, steps=steps, overrides=changes, quiet=True)
     return out
 
 
