@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import adapters, checkpoint, preservation, recipe, sampling, training
+from trilemma import adapters, checkpoint, finetune, preservation, recipe, sampling, training
 from trilemma import cli as command_line
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -71,6 +71,15 @@ def weights(run):
 
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def carried(data, name, init):
+    """Return the state of a model as it begins from a run, and what is remembered of that."""
+    spec, facts = recipe.override(recipe.load(name), tiny.overrides(name)), training.facts(data)
+    model = recipe.build(recipe.resolve(spec, facts)["model"])
+    names = {"classes": data.label_names, "attributes": data.attribute_names}
+    remember, _ = finetune.carry(model, spec, facts, names, str(init))
+    return model.state_dict(), remember
 
 
 def begun(trained):
@@ -142,10 +151,11 @@ def test_modes(name, mode, data, tmp_path):
     if mode == "lora":
         assert all(n.endswith(".weight") for n in learn - buffers)
     elif mode == "last":
-        assert len(learn - buffers) < 0.7 * len(before.keys() - buffers)
-    options = {"steps": 2} if "steps" in tuned.sample_defaults else {}
-    drawn = sampling.load(run).sample(3, seed=1, **options)
-    assert (tuned.sample(3, seed=1, **options).int() - drawn.int()).abs().max() <= 2
+        assert learn - buffers < before.keys() - buffers
+    if name in ("quick-diffusion", "quick-gan"):
+        options = {"steps": 2} if "steps" in tuned.sample_defaults else {}
+        drawn = sampling.load(run).sample(3, seed=1, **options)
+        assert (tuned.sample(3, seed=1, **options).int() - drawn.int()).abs().max() <= 2
     if mode == "lora":
         apart = sampling.load(tmp_path / "first", lora=[str(run)])
         merged = apart.model.state_dict()
@@ -189,6 +199,8 @@ def test_two_are_put_on_with_weights_and_add_up(data, first, tmp_path):
     assert same(weights(out), one)
     with pytest.raises(UserError, match="name of a new .safetensors file"):
         adapters.merge(first, [files[0]], out)
+    with pytest.raises(UserError, match="nothing to merge"):
+        adapters.merge(first, [], tmp_path / "other.safetensors")
 
 
 def test_classes_are_carried_over_by_name(others, first, tmp_path, capsys):
@@ -204,10 +216,7 @@ def test_classes_are_carried_over_by_name(others, first, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["quick-gan", "quick-vae", "pixel-transformer", "progan", "glow"])
 def test_inputs_beside_the_classes_keep_their_place(name, data, others, tmp_path):
-    changes = ["train.optimizer.lr=0.0"]
-    fit(data, tmp_path / "first", name=name)
-    fit(others, tmp_path / "run", *changes, name=name, init=tmp_path / "first", steps=1)
-    old, new = weights(tmp_path / "first"), weights(tmp_path / "run")
+    old, new = weights(_first(name, data, tmp_path)), carried(others, name, tmp_path / name)[0]
     key, dim, extra = {
         "quick-gan": ("generator.first.weight", 1, 64),
         "quick-vae": ("decoder.layers.0.weight", 1, 64),
@@ -235,18 +244,19 @@ def test_a_lora_brings_new_classes_with_it(others, first, tmp_path):
 
 def test_another_size_keeps_weights_and_positions_are_interpolated(pictures, data, tmp_path):
     larger = load_data(pictures, split="all", size=24)
-    name, changes = "pixel-transformer", ["train.optimizer.lr=0.0"]
-    fit(data, tmp_path / "first", name=name)
-    tuned = fit(larger, tmp_path / "run", *changes, name=name, init=tmp_path / "first", steps=1)
-    old, new = (w["position.weight"] for w in (weights(tmp_path / "first"), weights(tuned.path)))
-    assert begun(tuned)["new"] == ["position.weight"] and len(new) == 24 * 24 * 3
-    assert torch.equal(new[0], old[0]) and torch.equal(new[-1], old[-1])  # the corners
-    tuned = fit(larger, tmp_path / "dit", name="dit", init=_first("dit", data, tmp_path))
-    assert begun(tuned)["new"] == []
+    name = "pixel-transformer"
+    start = _first(name, data, tmp_path)
+    state, remember = carried(larger, name, start)
+    old, new = weights(start)["position.weight"], state["position.weight"]
+    assert remember["new"] == ["position.weight"] and len(new) == 24 * 24 * 3
+    torch.testing.assert_close(new[[0, -1]], old[[0, -1]])  # the corners
+    assert fit(larger, tmp_path / "run", name=name, init=start).progress["step"] == 2
+    _, remember = carried(larger, "dit", _first("dit", data, tmp_path))
+    assert remember["new"] == []
 
 
 def _first(name, data, tmp_path):
-    return fit(data, tmp_path / f"first-{name}", name=name).path
+    return fit(data, tmp_path / name, name=name).path
 
 
 def test_what_does_not_fit_begins_anew_and_is_told(plain, first, tmp_path, capsys):
@@ -258,6 +268,13 @@ def test_what_does_not_fit_begins_anew_and_is_told(plain, first, tmp_path, capsy
     assert begun(tuned)["new"][0] == "network.conv_in.weight"
     before, after = weights(first), weights(out)
     assert torch.equal(before["network.time.0.weight"], after["network.time.0.weight"])
+
+
+def test_a_part_of_a_larger_model_can_begin_from_a_run_of_its_own(data, tmp_path):
+    start = _first("srresnet", data, tmp_path)
+    state, remember = carried(data, "srgan", start)
+    assert all(torch.equal(state[name], value) for name, value in weights(start).items())
+    assert all(name.startswith("critic.") for name in remember["new"])
 
 
 def test_refusals(data, first, tmp_path):
@@ -279,8 +296,9 @@ def test_refusals(data, first, tmp_path):
     refused("the model: no layer to tune with --tune lora --rank 4000", init=first,
             tune={"mode": "lora", "rank": 4000})  # fmt: skip
     fit(data, tmp_path / "gan", name="quick-gan")
-    refused("nothing learns in phase 'critic'; name some of its layers too.*critic", name="quick-gan",
-            init=tmp_path / "gan", tune={"mode": "last", "targets": ["generator"]})  # fmt: skip
+    refused("nothing learns in phase 'critic'; name some of its layers too.*critic",
+            name="quick-gan", init=tmp_path / "gan",
+            tune={"mode": "last", "targets": ["generator"]})  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -312,7 +330,9 @@ def test_weights_of_lora_files_are_read_after_the_last_colon():
 
 
 @pytest.mark.parametrize(
-    "tune", [{}, {"mode": "last", "preserve": 5}, {**LORA, "preserve": 5}], ids=["full", "last", "lora"]
+    "tune",
+    [{}, {"mode": "last", "preserve": 5}, {**LORA, "preserve": 5}],
+    ids=["full", "last", "lora"],
 )
 def test_a_resumed_fine_tuning_is_the_same_and_needs_its_first_run_no_more(
     plain, first, tmp_path, tune
@@ -347,17 +367,19 @@ def test_preserved_pictures_are_the_first_runs_own_and_a_share_of_each_batch(
     assert np.array_equal(drawn.images, sampling.load(first).sample(6, seed=3).numpy())
     assert [names[i] for i in drawn.label] == ["class0", "class1", "class2"] * 2
     count = preservation.share(8, 0.5, 1)
-    place = {"seed": 0, "flip": False, "rank": 0, "world": 1}
-    stream = preservation.mixed(data, drawn, 8, count, start=0, **place)
+    given, place = (data, tuned.path, 8), {"seed": 0, "flip": False, "rank": 0, "world": 1}
+    stream = preservation.mixed(*given, 0.5, start=0, **place)
     first_batch, second = next(stream), next(stream)
     assert count == 3 and len(first_batch) == 8 and second.seen == 8
-    assert first_batch.condition.label[:5].eq(0).all() and first_batch.condition.label[5:].gt(0).all()
+    assert (
+        first_batch.condition.label[:5].eq(0).all() and first_batch.condition.label[5:].gt(0).all()
+    )
     assert len(set(first_batch.rng.seeds.tolist())) == 8
-    again = next(preservation.mixed(data, drawn, 8, count, start=8, **place))
+    again = next(preservation.mixed(*given, 0.5, start=8, **place))
     assert torch.equal(again.image, second.image)
     assert torch.equal(again.rng.seeds, second.rng.seeds)
     halves = [
-        next(preservation.mixed(data, drawn, 8, 4, start=0, **{**place, "rank": r, "world": 2}))
+        next(preservation.mixed(*given, 1.0, start=0, **{**place, "rank": r, "world": 2}))
         for r in (0, 1)
     ]
     assert [len(half) for half in halves] == [4, 4]
@@ -369,8 +391,8 @@ def test_preservation_refuses_what_it_cannot_draw(data, plain, first, tmp_path):
     with pytest.raises(UserError, match="has classes and the model to begin with knows none"):
         fit(data, tmp_path / "a", name="ddpm", init=start, tune={"preserve": 2})
     start = _first("vae", data, tmp_path)
-    fit(plain, tmp_path / "vae", name="vae", init=start, tune={"preserve": 2})
-    assert preservation.kept(tmp_path / "vae", plain).label is None
+    fit(plain, tmp_path / "c", name="vae", init=start, tune={"preserve": 2})
+    assert preservation.kept(tmp_path / "c", plain).label is None
     with pytest.raises(UserError, match="no room for a drawn picture"):
         fit(plain, tmp_path / "b", "train.batch=1", init=first, tune={"preserve": 2})
 

@@ -21,7 +21,6 @@ from trilemma.metrics.restoration import luma, psnr, ssim
 from trilemma.models.srgan import SRGAN, SRResNet
 from trilemma.networks import perceptual
 from trilemma.networks.srresnet import Critic, Generator
-from trilemma.run import start_from
 from trilemma.sampling import Trained
 
 
@@ -128,14 +127,6 @@ def test_content_of_features_is_nothing_for_equal_pictures_and_teaches_the_gener
     assert model.generator.first[0].weight.grad.abs().sum() > 0
     assert not any("features" in key for key in model.state_dict()), "VGG is no part of the model"
     perceptual.load.cache_clear()
-
-
-def test_srgan_begins_from_srresnet():
-    first = SRResNet(Generator(3, 4, width=8, blocks=1))
-    second = SRGAN(Generator(3, 4, width=8, blocks=1), Critic([3, 16, 16], 4), content="pixels")
-    start_from(second, first, "first")
-    own = second.generator.state_dict()
-    assert all(torch.equal(own[key], value) for key, value in first.generator.state_dict().items())
 
 
 def test_unknown_choices_and_a_missing_source_are_named():

@@ -104,7 +104,9 @@ def test_init_from_another_architecture_is_refused(data, tmp_path):
         "quick-gan", data, out=tmp_path / "gan", steps=1, quiet=True,
         overrides=tiny.overrides("quick-gan"),
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"gan is a models.gan.GAN of .*; this recipe builds .*UNet"):
+    with pytest.raises(
+        UserError, match=r"gan is a models.gan.GAN of .*; this recipe builds .*UNet"
+    ):
         fit(data, tmp_path / "b", steps=1, init=tmp_path / "gan")
 
 

@@ -128,9 +128,11 @@ def merge(run: str | Path, asked: Sequence[str], out: str | Path) -> Path:
     """Write a run's model with LoRA files merged into it as a model file of its own; return it.
 
     Raises:
-        UserError: as `put_on`; `out` is there already, or is no .safetensors file.
+        UserError: as `put_on`; there is none; `out` is there already, or is no .safetensors file.
     """
     out = Path(out)
+    if not asked:
+        raise UserError("there is nothing to merge; give one --lora FILE or several")
     if out.exists() or out.suffix != ".safetensors":
         raise UserError(f"{out}: expected the name of a new .safetensors file")
     tensors, facts = checkpoint.read_model(run)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from trilemma.networks import lora
 
 MODES = ("full", "last", "lora")
 LAST = 0.25  # share of a module's weights that "last" lets learn, at most, but one layer at least
-NEEDED = 0.5  # share of a model's weights that must fit, or else the run is of another kind
+NEEDED = 0.5  # share of the smaller model's numbers that must fit, or the run is of another kind
 TOLD = 6  # names in a line
 
 
@@ -67,7 +68,7 @@ class Tuning:
 
 def asked(
     spec: recipe.Recipe,
-    init: str | None,
+    init: str | Path | None,
     more: Mapping[str, Any],
     before: Mapping[str, Any] | None = None,
 ) -> Tuning | None:
@@ -106,6 +107,37 @@ def learned(model: nn.Module) -> list[str]:
     """Return the names in the model's state of all but frozen parts, which have their own runs."""
     held = [f"{name}." for name, part in model.named_modules() if isinstance(part, Frozen)]
     return [name for name in model.state_dict() if not name.startswith(tuple(held))]
+
+
+def begin(
+    model: Model,
+    tuning: Tuning,
+    spec: recipe.Recipe,
+    facts: Mapping[str, Any],
+    names: Mapping[str, Sequence[str]],
+    was: dict[str, Any] | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Give a model its first weights and hold still what is not to learn.
+
+    Args:
+        model: of the recipe, as built.
+        tuning: what is asked.
+        spec: the recipe before it was resolved.
+        facts: of the data, by which it was.
+        names: of the data's `classes` and `attributes`.
+        was: what is remembered of this, in a run that goes on and has its weights from itself.
+
+    Returns:
+        What to remember, and what to tell.
+
+    Raises:
+        UserError: as `carry` and `hold`.
+    """
+    notes = []
+    if was is None:
+        was, told = carry(model, spec, facts, names, tuning.init)
+        notes.append(told)
+    return was, [*notes, hold(model, tuning, was["new"])]
 
 
 def carry(
@@ -164,12 +196,13 @@ def carry(
     left = sorted(given.keys() - state.keys())
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     fits = sum(size for name, size in sizes.items() if name in taken)
-    shapes = {name: _shapes(state[name], given.get(name)) for name in anew}
-    if fits < NEEDED * sum(sizes.values()) or not taken:
+    unlike = [f"{name} {_shapes(state[name], given.get(name))}" for name in anew]
+    smaller = min(sum(sizes.values()), sum(tensor.numel() for tensor in given.values()))
+    if fits < NEEDED * smaller:
+        ours = recipe.resolve(spec, facts)["model"]
         raise UserError(
-            f"{init} is a {_kinds(theirs)}; this recipe builds a "
-            f"{_kinds(recipe.resolve(spec, facts)['model'])}, and {fits:,} of its "
-            f"{sum(sizes.values()):,} numbers fit ({_listed([f'{n} {s}' for n, s in shapes.items()])}); "
+            f"{init} is a {_kinds(theirs)}; this recipe builds a {_kinds(ours)}, and {fits:,} of "
+            f"its {sum(sizes.values()):,} numbers fit ({_listed(unlike)}); "
             "--init needs a run of the same networks, and of the same widths: change the recipe "
             "with --set, or give another run"
         )
@@ -181,8 +214,7 @@ def carry(
         told += [f"{fact} kept: {_listed(kept)}"] if kept and changed else []
         told += [f"new {fact}, from the mean of the old: {_listed(new)}"] if new and changed else []
     told += [f"interpolated: {_listed(interpolated)}"] if interpolated else []
-    anew_told = [f"{name} {shape}" for name, shape in shapes.items()]
-    told += [f"{len(anew)} begin anew: {_listed(anew_told)}"] if anew else []
+    told += [f"{len(anew)} begin anew: {_listed(unlike)}"] if anew else []
     told += [f"{len(left)} of the run are not used: {_listed(left)}"] if left else []
     remember = {
         "path": init,
@@ -231,9 +263,10 @@ def hold(model: Model, tuning: Tuning, new: Sequence[str]) -> str:
             layers = [name for player in players for name in _last(player, places[player])]
     missed = [t for t in tuning.targets if not any(lora.named(n, [t]) for n in layers)]
     if missed or not layers:
+        rank = f" --rank {tuning.rank}" if tuning.mode == "lora" else ""
         raise UserError(
             f"{', '.join(missed) or 'the model'}: no layer to tune with --tune {tuning.mode}"
-            f"{f' --rank {tuning.rank}' if tuning.mode == 'lora' else ''}; it has {_listed(able, 40)}"
+            f"{rank}; it has {_listed(able, 40) or 'none'}"
         )
     can = {name for name, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():

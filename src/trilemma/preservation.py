@@ -118,9 +118,9 @@ def share(size: int, weight: float, world: int) -> int:
 
 def mixed(
     data: Dataset,
-    drawn: Dataset,
+    out: Path,
     size: int,
-    count: int,
+    weight: float,
     *,
     seed: int,
     start: int,
@@ -128,15 +128,26 @@ def mixed(
     rank: int,
     world: int,
 ) -> Iterator[Batch]:
-    """Yield training batches without end, in each `count` drawn pictures after those of the data.
+    """Return training batches without end, in each some drawn pictures after those of the data.
 
-    Arguments as `data.batches`; as there, a batch is a function of seed and position.
+    Arguments as `data.batches`, `out` the run with the drawn pictures and `weight` that of the loss
+    on them; as there, a batch is a function of seed and position.
+
+    Raises:
+        UserError: as `kept` and `share`, at the call.
     """
+    drawn, count = kept(out, data), share(size, weight, world)
     step, rest = start // size, size - count
     own = batches(data, rest, seed=seed, start=step * rest, flip=flip, rank=rank, world=world)
     other = batches(
         drawn, count, seed=seed + 1, start=step * count, flip=flip, rank=rank, world=world
     )
+    return _together(own, other, start, size)
+
+
+def _together(
+    own: Iterator[Batch], other: Iterator[Batch], start: int, size: int
+) -> Iterator[Batch]:
     for ours, theirs in zip(own, other, strict=True):
         one, two = ours.condition, theirs.condition
         condition = Condition(

@@ -322,9 +322,7 @@ class Trained:
         return torch.cat(list(self.batches(n, seed=seed, batch=batch, **asked)))
 
 
-def load(
-    run: str | Path, device_name: str | None = None, lora: Sequence[str] = ()
-) -> Trained:
+def load(run: str | Path, device_name: str | None = None, lora: Sequence[str] = ()) -> Trained:
     """Load a trained model from a run folder or its `model.safetensors`.
 
     Args:

@@ -8,7 +8,6 @@ accumulation, give the losses of one process with the same total batch, to round
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from trilemma import (
     recipe,
     redraw,
     sampling,
+    signals,
     translation,
     upscale,
 )
@@ -115,9 +115,10 @@ def train(
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
     begun = out / "recipe.toml"
     before = recipe.load(begun) if resume and begun.exists() else None
-    tuning = finetune.asked(spec, None if init is None else str(init), tune or {}, before)
+    was = None if before is None else before["run"].get("init")
+    tuning = finetune.asked(spec, init, tune or {}, before)
     if tuning is not None and tuning.preserve:
-        known = before["run"]["init"]["classes"] if before else preservation.classes_of(tuning.init)
+        known = preservation.classes_of(tuning.init) if was is None else was["classes"]
         data = preservation.with_classes(data, known)
     plain, spec = spec, recipe.resolve(spec, facts(data), before)
     recipe.check_arguments(Settings, spec.get("train", {}), "[train]")
@@ -139,20 +140,15 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
-    notes = []
-    if tuning is not None and before is not None:
-        spec["run"]["init"] = before["run"]["init"]
-    elif tuning is not None:
+    notes: list[str] = []
+    if tuning is not None:
         names = {"classes": data.label_names, "attributes": data.attribute_names}
-        spec["run"]["init"], told = finetune.carry(model, plain, facts(data), names, tuning.init)
-        notes.append(told)
-    new = [] if tuning is None else spec["run"]["init"]["new"]
+        told = finetune.begin(model, tuning, plain, facts(data), names, was)
+        spec["run"]["init"], notes = told
     if not resume:
         load_frozen(model)
-        if tuning is None or not finetune.measured(model, new):
+        if tuning is None or not finetune.measured(model, spec["run"]["init"]["new"]):
             measure(model, data)
-    if tuning is not None:
-        notes.append(finetune.hold(model, tuning, new))
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
@@ -167,12 +163,11 @@ def train(
         if rank == 0 and not resume:
             preservation.draw(tuning.init, tuning.preserve, out, seed, device_name)
         distributed.barrier()
-        drawn = preservation.kept(out, data)
-        part = preservation.share(settings.batch, tuning.preserve_weight, world)
-        stream = preservation.mixed(data, drawn, settings.batch, part, seed=seed, **place)
+        weight = tuning.preserve_weight
+        stream = preservation.mixed(data, out, settings.batch, weight, seed=seed, **place)
     else:
         stream = batches(data, settings.batch, seed=seed, **place)
-    with _signals() as asked:
+    with signals.caught() as asked:
         loop(run, stream, asked, probe, probes, quiet, notes)
     return run.trained()
 
@@ -443,27 +438,6 @@ def only_these_learn(
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the step at hand."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _skipped(data: Dataset) -> str:

@@ -170,7 +170,8 @@ def train(
     preserve: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --init: learn from so many pictures drawn from it too.",
+            min=1,
+            help="With --init: learn from so many pictures drawn from it too.",
             show_default="none",
         ),
     ] = None,
@@ -180,7 +181,7 @@ def train(
     """Train a recipe on pictures."""
     from trilemma.training import train as run
 
-    asked = {
+    tuning = {
         "mode": tune,
         "rank": rank,
         "targets": targets and [name.strip() for name in targets.split(",")],
@@ -198,7 +199,7 @@ def train(
         overrides=changes or (),
         resume=resume,
         init=init,
-        tune={key: value for key, value in asked.items() if value is not None},
+        tune={key: value for key, value in tuning.items() if value is not None},
         device_name=device,
     )
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all

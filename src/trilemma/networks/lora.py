@@ -49,9 +49,7 @@ def named(name: str, targets: Sequence[str]) -> bool:
     `up` names the layers `network.up.0.expand` and `network.up`, not `network.upper`.
     """
     parts = name.split(".")
-    runs = {
-        ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
-    }
+    runs = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
     return any(fnmatchcase(run, target) for run in runs for target in targets)
 
 
