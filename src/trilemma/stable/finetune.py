@@ -51,12 +51,15 @@ class Tunable(Protocol):
     """A checkpoint that can be fine-tuned.
 
     Attributes:
-        network: what learns; `recompute` says whether it keeps activations (`networks.mmdit`).
         lora_prefix: what diffusers puts before the names of the network's layers.
     """
 
-    network: nn.Module
     lora_prefix: str
+
+    @property
+    def network(self) -> nn.Module:
+        """Return what learns; its `recompute` says that it keeps no activations."""
+        ...
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
@@ -336,7 +339,7 @@ def finetune(
         write_lora(out / LORA_FILE, network, names, model.lora_prefix)
 
 
-def _let_learn(network: nn.Module, tuning: Tuning) -> list[nn.Parameter]:
+def _let_learn(network: nn.Module, tuning: Tuning) -> list[Tensor]:
     """Let a LoRA's factors learn, or all weights; return what learns, which is float32."""
     if tuning.rank is None:
         for parameter in network.parameters():  # a copy: what the file holds is not written to
