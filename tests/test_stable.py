@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from trilemma.diffusion.schedules import Quadratic
 from trilemma.errors import UserError
+from trilemma.networks import kl_autoencoder
 from trilemma.networks.kl_autoencoder import KLAutoencoder
-from trilemma.networks.layers import Embedded
+from trilemma.networks.layers import Embedded, GroupNorm
 from trilemma.networks.spatial_unet import SpatialUNet
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
 from trilemma.stable import configs, files, keys, load, loading, lora, schedule
@@ -55,22 +56,21 @@ def test_times_lead_trail_and_spread():
         at.times("ddim", 1001)
 
 
-def test_tiles_leave_no_seams():
+@pytest.mark.parametrize("size", [(24, 20), (9, 31)])
+def test_bands_change_nothing(monkeypatch, size):
+    """Decoded in bands, a picture is the same to 1e-5: no seams."""
     torch.manual_seed(0)
-    coder = KLAutoencoder((32, 32), 1, groups=8).eval()
-    latent = torch.nn.functional.interpolate(torch.randn(1, 4, 6, 6), size=(72, 88), mode="bicubic")
+    monkeypatch.setattr(kl_autoencoder, "BAND", 100)
+    coder = KLAutoencoder((8, 16, 16), 1, groups=4).eval()
+    for norm in coder.modules():
+        if isinstance(norm, GroupNorm):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+    latent = torch.randn(2, 4, *size) * 5 + 1
     with torch.inference_mode():
-        whole, tiles = coder.decode(latent), coder.decode(latent, 40)
-    assert whole.shape == tiles.shape == (1, 3, 144, 176)
-    assert (whole - tiles).abs().mean() < 0.02 * whole.std()
-
-
-def test_tiles_of_a_local_function_are_exact():
-    from trilemma.networks.kl_autoencoder import tiled
-
-    x = torch.randn(1, 3, 50, 33)
-    big = tiled(lambda part: part.repeat_interleave(2, 2).repeat_interleave(2, 3), x, 24, 2)
-    torch.testing.assert_close(big, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        whole, bands = coder.decode(latent), coder.decode(latent, bands=True)
+    assert whole.shape == (2, 3, 4 * size[0], 4 * size[1])
+    assert (whole - bands).abs().max() < 1e-5 * whole.abs().max()
 
 
 def test_weights_are_views_of_the_file(tmp_path):

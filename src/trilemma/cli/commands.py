@@ -417,11 +417,11 @@ def _checkpoint(
     told = {"lora": asked["loras"], "prediction": asked["prediction"]}
     tiny, size, texts = given.pop("preview", None), given.pop("size", None), given.pop("text", [])
     plain = ("image", "mask", "negative", "strength", "steps", "solver", "guidance", "rescale")
-    options = {key: given.pop(key) for key in (*plain, "true_guidance", "tile") if key in given}
+    options = {key: given.pop(key) for key in (*plain, "true_guidance") if key in given}
     if given:
         raise UserError(
             f"{path} cannot be sampled with {', '.join(given)}; a checkpoint takes text, size, "
-            f"lora, {', '.join(plain)}, and the options tile, preview, precision, prediction, "
+            f"lora, {', '.join(plain)}, and the options preview, precision, prediction, "
             "parts and true_guidance"
         )
     stable = load.load(path, device, **asked)
@@ -501,6 +501,26 @@ def merge(
         say({"model": str(path)})
     else:
         screen.print(f"next: trilemma sample {path} -n 64 --out pictures", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    to: Annotated[str, typer.Option(help="The form: diffusers.")] = "diffusers",
+    as_json: Json = False,
+) -> None:
+    """Write a trained diffusion model as another library loads it."""
+    if to != "diffusers":
+        raise typer.BadParameter(f"'{to}' is not known; expected diffusers", param_hint="--to")
+    from trilemma import sampling
+    from trilemma.export import to_diffusers
+
+    made = to_diffusers(sampling.load(run, "cpu"), out)
+    if as_json:
+        say({"folder": str(made)})
+    else:
+        screen.print(f"written to {made}: diffusers.DiffusionPipeline.from_pretrained('{made}')")
 
 
 @app.command("tune-steps")

@@ -3,10 +3,10 @@
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G.
 Latents are brought to about deviation 1: (mean - shift) * scale.
 
-Decoding in tiles: the first part, whose attention sees the whole picture, is computed whole, as it
-is small; what follows, which takes the memory, in tiles that overlap. There each output pixel is a
-mean of the tiles it lies in, with weights that fall evenly to 0 at a tile's border, so that there
-are no seams. What is left of a difference comes from the normalisations, which see one tile each.
+Large pictures are decoded in bands of rows, so that what memory holds is not several maps of a
+layer but its input, its output and one band. Statistics of the normalisations are those of the
+whole map, and a convolution sees the rows beside its band: the picture is the same to rounding, and
+there are no seams.
 
 Weights have the names that they have in the vae/ of a diffusers folder.
 """
@@ -23,7 +23,7 @@ from trilemma.networks.layers import GroupNorm, attend
 from trilemma.networks.spatial_unet import Resize, Resnet
 
 EPS = 1e-6
-OVERLAP = 16  # of tiles at least, in latent pixels: the rest of the decoder sees about so far
+BAND = 1 << 16  # pixels of a band, about
 
 
 class PlaceAttention(nn.Module):
@@ -50,9 +50,7 @@ class Middle(nn.Module):
         super().__init__()
         if attention:
             self.attentions = nn.ModuleList([PlaceAttention(channels, groups)])
-        self.resnets = nn.ModuleList(
-            Resnet(channels, channels, 0, groups, EPS) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(Resnet(channels, channels, 0, groups, EPS) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
@@ -92,9 +90,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         levels, before = [], channels[0]
         for i, width in enumerate(channels):
-            resnets = [
-                Resnet(width if j else before, width, 0, groups, EPS) for j in range(blocks)
-            ]
+            resnets = [Resnet(width if j else before, width, 0, groups, EPS) for j in range(blocks)]
             smaller = Resize(width, 2, padding=0) if i < len(channels) - 1 else None
             levels.append(Level(resnets, smaller, down=True))
             before = width
@@ -142,6 +138,18 @@ class Decoder(nn.Module):
         for level in self.up_blocks:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x))).float()
+
+    def rest_in_bands(self, x: Tensor) -> Tensor:
+        """Do the same in less memory."""
+        for level in self.up_blocks:
+            for resnet in level.resnets:
+                h = normed_in_bands(resnet.norm1, resnet.conv1, x)
+                h = normed_in_bands(resnet.norm2, resnet.conv2, h)
+                short = resnet.conv_shortcut
+                x = h.add_(x if short is None else conv_in_bands(short, x, lambda part: part))
+            if hasattr(level, "upsamplers"):
+                x = conv_in_bands(level.upsamplers[0].conv, x, _doubled, 2)
+        return normed_in_bands(self.conv_norm_out, self.conv_out, x).float()
 
 
 class KLAutoencoder(nn.Module):
@@ -194,56 +202,72 @@ class KLAutoencoder(nn.Module):
         latent = mean if noise is None else mean + deviation * noise
         return (latent - self.shift) * self.scale
 
-    def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
+    def decode(self, latent: Tensor, bands: bool = False) -> Tensor:
         """Map latents (B, D, h, w) to images (B, 3, H, W), not clipped.
 
         Args:
             latent: of the pictures.
-            tile: side of tiles, in latent pixels; 0 for one tile.
+            bands: in bands, which take less memory; not for training.
         """
         latent = latent / self.scale + self.shift
         if self.post_quant_conv is not None:
             latent = self.post_quant_conv(latent)
         x = self.decoder.first(latent)
-        if not tile or tile >= max(x.shape[2:]):
-            return self.decoder.rest(x)
-        return tiled(self.decoder.rest, x, tile, self.factor)
+        return self.decoder.rest_in_bands(x) if bands else self.decoder.rest(x)
 
 
-def tiled(decode: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int) -> Tensor:
-    """Decode x (B, C, h, w) in tiles that overlap, faded into one another.
+def conv_in_bands(
+    conv: nn.Conv2d, x: Tensor, before: Callable[[Tensor], Tensor], factor: int = 1
+) -> Tensor:
+    """Return conv(before(x)) of x (B, C, H, W), computed band after band.
 
     Args:
-        decode: maps (B, C, tile, tile) to pictures `factor` times as large.
-        x: what is decoded.
-        tile: side of a tile in pixels of x.
-        factor: see `decode`.
+        conv: of 3 x 3 or 1 x 1, of stride 1, padded to keep the size.
+        x: its input.
+        before: acts on each row by itself, and makes `factor` rows of it.
+        factor: see `before`.
     """
     height, width = x.shape[2:]
-    total = weight = None
-    for top in _starts(height, tile):
-        for left in _starts(width, tile):
-            part = decode(x[:, :, top : top + tile, left : left + tile])
-            if total is None or weight is None:
-                shape = (len(x), part.shape[1], height * factor, width * factor)
-                total, weight = part.new_zeros(shape), part.new_zeros(shape[2:])
-            rows = slice(top * factor, top * factor + part.shape[2])
-            columns = slice(left * factor, left * factor + part.shape[3])
-            fades = [_fade(side, OVERLAP * factor, part) for side in part.shape[2:]]
-            mask = fades[0][:, None] * fades[1]
-            total[:, :, rows, columns] += mask * part
-            weight[rows, columns] += mask
-    assert total is not None and weight is not None
-    return total / weight
+    rows = max(BAND // (width * factor**2), 1)
+    beside = conv.kernel_size[0] // 2
+    out = None
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        first, last = max(top - beside, 0), min(bottom + beside, height)
+        part = before(x[:, :, first:last])
+        # Of the rows beside the band, only as many as the convolution sees; 0 beyond the picture.
+        above, below = (top - first) * factor, (last - bottom) * factor
+        part = part[:, :, max(above - beside, 0) : part.shape[2] - max(below - beside, 0)]
+        part = F.pad(part, (0, 0, beside if top == 0 else 0, beside if bottom == height else 0))
+        part = F.conv2d(part, conv.weight, conv.bias, padding=(0, conv.padding[1]))  # type: ignore[arg-type]
+        if out is None:
+            shape = (len(x), part.shape[1], height * factor, width * factor)
+            out = part.new_empty(shape)
+            if x.is_contiguous(memory_format=torch.channels_last):
+                out = out.contiguous(memory_format=torch.channels_last)
+        out[:, :, top * factor : bottom * factor] = part
+    assert out is not None
+    return out
 
 
-def _starts(size: int, tile: int) -> list[int]:
-    """Return where tiles begin, evenly; the last ends at the border."""
-    more = -(-(size - tile) // max(tile - OVERLAP, 1)) if size > tile else 0
-    return [round(i * (size - tile) / max(more, 1)) for i in range(more + 1)]
+def normed_in_bands(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return conv(silu(norm(x))) of x (B, C, H, W), computed band after band."""
+    count, channels = x.shape[:2]
+    rows = max(BAND // x.shape[3], 1)
+    total = x.new_zeros(2, count, norm.groups, dtype=torch.float64)
+    for top in range(0, x.shape[2], rows):
+        part = x[:, :, top : top + rows].float().reshape(count, norm.groups, -1)
+        variance, mean = torch.var_mean(part, dim=2, correction=0)
+        mean, variance = mean.double(), variance.double()
+        total += part.shape[2] * torch.stack([mean, variance + mean**2])
+    mean, square = total * norm.groups / x[0].numel()
+    told = torch.stack([mean, (square - mean**2 + norm.eps).rsqrt()]).float()
+    mean, scale = told.repeat_interleave(channels // norm.groups, 2)  # (B, C) each
+    scale = scale * norm.weight
+    shift = (norm.bias - mean * scale)[:, :, None, None]
+    scale = scale[:, :, None, None]
+    return conv_in_bands(conv, x, lambda part: F.silu(part.float() * scale + shift))
 
 
-def _fade(size: int, width: int, like: Tensor) -> Tensor:
-    """Return (size,) weights that rise evenly over `width` pixels from either end to 1."""
-    place = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
-    return (torch.minimum(place, size - place) / width).clamp(max=1)
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -348,8 +348,8 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
 def recomputed(recompute: bool, block: Callable[..., Any], *inputs: Any) -> Any:
     """Return what a block makes of its inputs, and keep no more than these if told to.
 
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block are
-    computed again when its gradient is.
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside a block
+    are computed again when its gradient is.
     """
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

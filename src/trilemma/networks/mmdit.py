@@ -5,7 +5,8 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 gates made of the time and of the text as one vector (adaLN-zero), queries, keys and values, and a
 perceptron. Only the attention is one, over the tokens of both:
 
-    x <- x + gate out(attend(q, k, v)),   x <- x + gate' down(gelu(up((1 + scale') norm(x) + shift')))
+    x <- x + gate out(attend(q, k, v))
+    x <- x + gate' down(gelu(up((1 + scale') norm(x) + shift')))
 
 The stream of words ends with the last attention: nothing reads it after that. Positions are sines
 and cosines of a table wider than any picture trained on, of which the middle is cut out, so that a

@@ -79,14 +79,17 @@ class TinyAutoencoder(nn.Module):
         for i, blocks in enumerate(decoder):
             up += [Block(channels) for _ in range(blocks)]
             if i < len(decoder) - 1:
-                up += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)]
+                up += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+                ]
         self.decoder = Part([*up, nn.Conv2d(channels, 3, 3, padding=1)])
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Map images (B, 3, H, W) to latents (B, D, h, w); there is no noise in them."""
         return self.encoder((image + 1) / 2).float() * self.scale
 
-    def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
-        """Map latents (B, D, h, w) to images (B, 3, H, W), not clipped; always in one piece."""
+    def decode(self, latent: Tensor, bands: bool = False) -> Tensor:
+        """Map latents (B, D, h, w) to images (B, 3, H, W), not clipped; never in bands."""
         x = self.decoder(torch.tanh(latent / self.scale / 3) * 3)
         return x.float() * 2 - 1

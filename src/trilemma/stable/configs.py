@@ -79,10 +79,14 @@ def unet(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "out_channels": config.get("out_channels", 4),
         "channels": channels,
         "blocks": blocks[0],
-        "transformers": [depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)],
+        "transformers": [
+            depth if cross else 0 for depth, cross in zip(depths, crossed, strict=True)
+        ],
         "middle": depths[-1],
         # The heads' number, though the key says their width: a mistake that every file keeps.
-        "heads": _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count),
+        "heads": _each(
+            config.get("num_attention_heads") or config.get("attention_head_dim", 8), count
+        ),
         "text_dim": dims[0],
         "linear": config.get("use_linear_projection", False),
         "groups": config.get("norm_num_groups", 32),
@@ -164,9 +168,7 @@ def unet_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     count = _count(weights, r"down_blocks\.(\d+)\.")
     blocks = _count(weights, r"down_blocks\.0\.resnets\.(\d+)\.")
     names = "attn2.to_k.weight", "proj_in.weight", "add_embedding.linear_1.weight"
-    channels = [
-        weights[f"down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in range(count)
-    ]
+    channels = [weights[f"down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in range(count)]
     middle = weights[f"mid_block.attentions.0.transformer_blocks.0.{names[0]}"]
     linear = weights[f"mid_block.attentions.0.{names[1]}"].ndim == 2
     told: dict[str, Any] = {
@@ -214,9 +216,9 @@ def clip_of(weights: Mapping[str, Tensor], act: str) -> dict[str, Any]:
         "intermediate_size": weights["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": _count(weights, r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(width // 64, 1),
-        "max_position_embeddings": weights[
-            "text_model.embeddings.position_embedding.weight"
-        ].shape[0],
+        "max_position_embeddings": weights["text_model.embeddings.position_embedding.weight"].shape[
+            0
+        ],
         "hidden_act": act,
         "projection_dim": width,
         "bos_token_id": tokens.shape[0] - 2,

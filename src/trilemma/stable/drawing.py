@@ -107,7 +107,9 @@ def save(
             shown.save(out / "preview.png")
 
         options["watch"] = watch
-    plain = {k: v for k, v in options.items() if k not in ("watch", "image", "mask") and v is not None}
+    plain = {
+        k: v for k, v in options.items() if k not in ("watch", "image", "mask") and v is not None
+    }
     plain |= {k: str(v) for k, v in {"image": image, "mask": mask}.items() if v is not None}
     plain |= {k: v for k, v in (told or {}).items() if v}
     kept: list[Tensor] = []
@@ -116,14 +118,22 @@ def save(
         asked = [texts[(each - seed) % len(texts)] for each in seeds]
         drawn = stable.draw(asked, Rng(seeds, stable.where), **options)
         if not drawn.isfinite().all():
-            raise UserError(f"{path} drew pictures that are not finite; try --option precision=fp32")
+            raise UserError(
+                f"{path} drew pictures that are not finite; try --option precision=fp32"
+            )
         for one, text, picture in zip(seeds, asked, to_uint8(drawn).cpu(), strict=True):
             facts = {"checkpoint": str(path), "text": text, "seed": one, "sample": plain}
             name = out / f"{one - seed:05d}.png"
             sampling.to_pil(picture).save(name, pnginfo=_metadata(stable, facts, picture))
             kept.append(picture)
             yield name
-    facts = {"checkpoint": str(path), "text": list(texts), "seed": seed, "count": n, "sample": plain}
+    facts = {
+        "checkpoint": str(path),
+        "text": list(texts),
+        "seed": seed,
+        "count": n,
+        "sample": plain,
+    }
     sheet = sampling.grid(torch.stack(kept[:100]))
     sheet.save(out / "grid.png", pnginfo=_metadata(stable, facts, kept[0]))
     yield out / "grid.png"

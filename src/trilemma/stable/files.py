@@ -24,7 +24,11 @@ def refuse_pickle(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(4)
     # A zip archive, or protocol 2 to 5 of pickle itself: the two forms of torch.save.
-    if path.suffix in PICKLES or start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] < b"\6"):
+    if (
+        path.suffix in PICKLES
+        or start[:2] == b"PK"
+        or (start[:1] == b"\x80" and start[1:2] < b"\6")
+    ):
         raise UserError(
             f"{path} is a pickle, which can run any program when it is opened: it is not; look for "
             "the same weights as .safetensors, or convert the file where it can do no harm"
@@ -63,7 +67,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weights(folder: Path, stems: Iterable[str] = ("diffusion_pytorch_model", "model")) -> dict[str, Tensor]:
+def weights(
+    folder: Path, stems: Iterable[str] = ("diffusion_pytorch_model", "model")
+) -> dict[str, Tensor]:
     """Return all tensors of one part of a diffusers folder: one file, or several with an index.
 
     Files of float16 (`.fp16.safetensors`) serve where there are no others.

@@ -51,12 +51,15 @@ class Tunable(Protocol):
     """A checkpoint that can be fine-tuned.
 
     Attributes:
-        network: what learns; `recompute` says whether it keeps activations (`networks.mmdit`).
         lora_prefix: what diffusers puts before the names of the network's layers.
     """
 
-    network: nn.Module
     lora_prefix: str
+
+    @property
+    def network(self) -> nn.Module:
+        """Return what learns; its `recompute` says that it keeps no activations."""
+        ...
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
@@ -248,7 +251,9 @@ class Cache:
 
     def latents(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return mean and deviation (B, C, h, w) of the latents of these pictures."""
-        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(1)
+        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(
+            1
+        )
         return mean, deviation
 
     def embedded(self, captions: Sequence[str]) -> Embedded:
@@ -334,7 +339,7 @@ def finetune(
         write_lora(out / LORA_FILE, network, names, model.lora_prefix)
 
 
-def _let_learn(network: nn.Module, tuning: Tuning) -> list[nn.Parameter]:
+def _let_learn(network: nn.Module, tuning: Tuning) -> list[Tensor]:
     """Let a LoRA's factors learn, or all weights; return what learns, which is float32."""
     if tuning.rank is None:
         for parameter in network.parameters():  # a copy: what the file holds is not written to
@@ -344,8 +349,8 @@ def _let_learn(network: nn.Module, tuning: Tuning) -> list[nn.Parameter]:
     layers = lora.fitting(network, tuning.rank, tuning.targets)
     if not layers:
         raise UserError(
-            f"no layer of this network is named {', '.join(tuning.targets)} and larger than factors "
-            f"of rank {tuning.rank}"
+            f"no layer of this network is named {', '.join(tuning.targets)} and larger than "
+            f"factors of rank {tuning.rank}"
         )
     torch.manual_seed(tuning.seed)
     lora.attach(network, layers, tuning.rank, tuning.scale)
@@ -399,8 +404,8 @@ def tune(
     path, out, whole = Path(path), Path(out), tuning.rank is None
     if whole and not path.is_dir():
         raise UserError(
-            f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA of "
-            "either"
+            f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA "
+            "of either"
         )
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts)
@@ -409,9 +414,7 @@ def tune(
         source, size=size or opened.size, multiple=opened.multiple, channels=3
     )
     out.mkdir(parents=True, exist_ok=True)
-    yield from finetune(
-        model, pictures, out, tuning, precision, str(path.resolve())
-    )
+    yield from finetune(model, pictures, out, tuning, precision, str(path.resolve()))
     if whole:
         part = "unet" if isinstance(opened, StableDiffusion) else "transformer"
         shutil.copytree(

@@ -1,8 +1,8 @@
 """Times at which rectified-flow checkpoints are sampled.
 
-With as many pixels again, a picture is as hard to make out only under more noise: Esser et al. 2024,
-"Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23, moves times t in
-[0, 1] of the straight schedule to
+The more pixels a picture has, the more noise it takes to hide it: Esser et al. 2024, "Scaling
+Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23, moves times t in [0, 1] of
+the straight schedule to
 
     t' = s t / (1 + (s - 1) t),
 

@@ -98,8 +98,12 @@ def unet_name(name: str, blocks: int) -> str:
 
 def unet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a U-Net's tensors, given without `UNET`, under our names."""
-    found = {int(m[1]) for name in tensors if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))}
-    blocks = (min(found) if found else len({n.split(".")[1] for n in tensors if "input_b" in n})) - 1
+    found = {
+        int(m[1]) for name in tensors if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))
+    }
+    blocks = (
+        min(found) if found else len({n.split(".")[1] for n in tensors if "input_b" in n})
+    ) - 1
     return {unet_name(name, blocks): tensor for name, tensor in tensors.items()}
 
 
@@ -117,7 +121,9 @@ def autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ),
             name,
         )
-        name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+        name = re.sub(
+            r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name
+        )
         name = name.replace(".nin_shortcut.", ".conv_shortcut.")
         name = re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
         match = re.match(r"(.*)\.mid\.attn_1\.(.*)", name)

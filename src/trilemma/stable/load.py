@@ -92,6 +92,9 @@ def load(
     path = Path(path)
     where = device.pick(device_name)
     kind = device.dtype(precision, where)
+    device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
+    if prediction not in (None, "epsilon", "v_prediction"):
+        raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
     if (rectified := _rectified(path, parts, where, kind)) is not None:
         for each in loras:
             rectified_lora.add(rectified, each)
@@ -103,8 +106,6 @@ def load(
     else:
         opened = _file(path, where, kind)
     if prediction is not None:
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
         opened = replace(opened, spacing=replace(opened.spacing, prediction=prediction))
     for each in loras:
         lora.add(opened, each)
@@ -140,7 +141,9 @@ def _folder(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusi
         tokenizer = text.tokenizer(words)
         config = files.read_json(folder / "config.json")
         tensors = files.weights(folder, ("model", "diffusion_pytorch_model"))
-        towers.append(text.Tower(tokenizer, text.encoder(config, tensors, str(folder), where, kind)))
+        towers.append(
+            text.Tower(tokenizer, text.encoder(config, tensors, str(folder), where, kind))
+        )
     if not towers:
         raise UserError(f"{path} has no text_encoder folder: it is not complete; fetch it again")
     reader = text.Reader(towers, inner=large)
@@ -184,8 +187,6 @@ def _joined(
             f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} and latents have "
             f"{latent}; expected {latent} or {2 * latent + 1} to {latent}"
         )
-    if device.channels_last(where, kind):  # weights are; small ones that were made anew are too
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return StableDiffusion(unet, coder, reader, spacing, size, zeros, kind, where)
 
 
@@ -215,7 +216,9 @@ def tiny(path: str | Path, like: StableDiffusion | Rectified) -> TinyAutoencoder
     if path.is_dir():
         coder = _coder(path, like.where, like.kind)
         if not isinstance(coder, TinyAutoencoder):
-            raise UserError(f"{path} is no tiny autoencoder; expected a folder of an AutoencoderTiny")
+            raise UserError(
+                f"{path} is no tiny autoencoder; expected a folder of an AutoencoderTiny"
+            )
     else:
         tensors = keys.tiny_part(files.read(path)[0])
         if "layers.0.weight" not in tensors or "layers.3.conv.0.weight" not in tensors:
@@ -299,9 +302,7 @@ def _reader(
         return text.Reader([tower(keys.TEXT1, False, end)], inner=False), "1"
     if has(keys.TEXT2):
         return text.Reader([tower(keys.TEXT2, True, "!", drop=True)], inner=False), "2"
-    raise UserError(
-        f"{path} holds no text encoder; expected one beside the U-Net, in {SUPPORTED}"
-    )
+    raise UserError(f"{path} holds no text encoder; expected one beside the U-Net, in {SUPPORTED}")
 
 
 def _prediction(version: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:

@@ -130,8 +130,8 @@ def file(
             return make(found)
         if parts is None:
             raise UserError(
-                f"{path} holds no {name} (no name begins with {prefix}); give a diffusers folder of "
-                "this model, from which to take it, as --option parts=FOLDER"
+                f"{path} holds no {name} (no name begins with {prefix}); give a diffusers folder "
+                "of this model, from which to take it, as --option parts=FOLDER"
             )
         return None
 
@@ -172,14 +172,15 @@ def _joined(
     kind: torch.dtype,
 ) -> Rectified:
     """Put the parts together; raises UserError when they do not belong to each other."""
+    config: Any = None if words is None else words.network.config
     for what, seen, expected in (
         ("latents of the autoencoder", coder.latent, network.channels),
-        ("T5's states", words and words.network.config.d_model, words and network.text_dim),  # type: ignore[union-attr]
+        ("T5's states", config and config.d_model, config and network.text_dim),
     ):
         if seen != expected:
             raise UserError(
-                f"{what} have {seen} channels and the transformer reads {expected}: the parts do not "
-                "belong together"
+                f"{what} have {seen} channels and the transformer reads {expected}: the parts "
+                "do not belong together"
             )
     if isinstance(network, MMDiT):
         first, second = clips
@@ -263,16 +264,16 @@ def _file_t5(
     if own:
         if parts is None:
             raise UserError(
-                f"{path} holds T5 without its tokenizer; give a diffusers folder of this model with "
-                f"tokenizer{i} in it, as --option parts=FOLDER"
+                f"{path} holds T5 without its tokenizer; give a diffusers folder of this model "
+                f"with tokenizer{i} in it, as --option parts=FOLDER"
             )
         return _t5_of(t5.tokenizer(parts / f"tokenizer{i}"), None, own, f"{path} ({T5}*)", at)
     if parts is not None and (model == "flux" or (parts / f"text_encoder{i}").is_dir()):
         return _t5(parts, i, at)
     if model == "flux":
         raise UserError(
-            f"{path} holds no T5 (no name begins with {T5}); give a diffusers folder of this model, "
-            "from which to take it, as --option parts=FOLDER"
+            f"{path} holds no T5 (no name begins with {T5}); give a diffusers folder of this "
+            "model, from which to take it, as --option parts=FOLDER"
         )
     return None
 

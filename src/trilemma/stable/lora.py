@@ -5,8 +5,8 @@ layouts in use name the same parts differently:
 
     kohya      lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_,
                lora_te1_ and lora_te2_ for text encoders; U-Net parts also as single files name them
-    diffusers  unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight (peft), or .lora.down.weight,
-               .lora.up.weight, or processor.to_q_lora.down.weight; text_encoder., text_encoder_2.
+    diffusers  unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight (peft), or
+               .lora.down.weight, .lora.up.weight, or processor.to_q_lora.down.weight; text_encoder., text_encoder_2.
 
 A changed weight is one of its own: the file that the others are views of is never written to.
 """
@@ -42,7 +42,9 @@ def split(asked: str) -> tuple[Path, float]:
     try:
         return Path(name), float(weight)
     except ValueError:
-        raise UserError(f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8") from None
+        raise UserError(
+            f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8"
+        ) from None
 
 
 def add(stable: StableDiffusion, asked: str) -> None:
@@ -132,6 +134,7 @@ def _flat(name: str, blocks: int) -> str:
     name = re.sub(r"^text_encoder\.", "lora_te1_", name)
     name = name.replace(".", "_")
     name = re.sub(r"_to_out$", "_to_out_0", name)
+    name = re.sub(r"^(lora_te\d?)_encoder_", r"\1_text_model_encoder_", name)
     match = re.match(r"lora_unet_(input|output)_blocks_(\d+)_(\d+)_(.*)", name)
     if match:
         rest = ORIGINAL.get(match[4], match[4])

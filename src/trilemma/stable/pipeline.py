@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,44 @@ from trilemma.networks.tiny_autoencoder import TinyAutoencoder
 from trilemma.stable.schedule import Spacing
 from trilemma.stable.text import Reader
 
-TILE, WHOLE = 64, 96
-"""Side of the tiles of decoding, and of the largest latents that are decoded whole by default."""
+STEPS, GUIDANCE = 30, 7.5  # of `draw`, if nothing is said
+UNFIT = ("sde", "pc", "langevin", "pndm")  # they go by other times, or between them
+WHOLE = 96
+"""Side of the largest latents that are not decoded in bands."""
 
 Autoencoder = KLAutoencoder | TinyAutoencoder
 Watch = Callable[[int, Tensor], None]
 """(steps done, the x_0 expected (B, D, h, w)) -> None, after each step."""
+
+
+class Start(NamedTuple):
+    """What pictures begin from.
+
+    Attributes:
+        x: (B, D, h, w) at the first time.
+        noise: in it.
+        kept: latents of the image, where what is not masked is set back to them.
+        mask: (B, 1, h, w) of latents, then.
+        told: (B, D + 1, h, w) mask and masked latents, for a U-Net that is told them.
+    """
+
+    x: Tensor
+    noise: Tensor
+    kept: Tensor | None = None
+    mask: Tensor | None = None
+    told: Tensor | None = None
+
+
+def _solver(name: str, own: Mapping[str, Any]) -> solvers.Solver:
+    """Return a solver by name; raises UserError when there is none, or it does not fit."""
+    if name in UNFIT:
+        raise UserError(
+            f"solver {name} does not go by the steps of a checkpoint; use ddim or dpmpp_2m"
+        )
+    try:
+        return solvers.check(name, own)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -64,7 +96,7 @@ class StableDiffusion:
     kind: torch.dtype
     where: torch.device
 
-    steps, guidance = 30, 7.5
+    steps, guidance = STEPS, GUIDANCE
 
     @property
     def solver(self) -> str:
@@ -91,13 +123,12 @@ class StableDiffusion:
         image: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float | None = None,
-        steps: int = 30,
+        steps: int = STEPS,
         solver: str | None = None,
-        guidance: float = 7.5,
+        guidance: float = GUIDANCE,
         rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-        tile: int | None = None,
         watch: Watch | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> Tensor:
@@ -116,7 +147,6 @@ class StableDiffusion:
             rescale: of guidance: `guidance.classifier_free`.
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
-            tile: side of the decoder's tiles in latent pixels, 0 for none; if None, as is needed.
             watch: called after each step.
             own: options of the solver.
 
@@ -124,15 +154,53 @@ class StableDiffusion:
             UserError: options that do not fit together or this checkpoint.
         """
         name = solver or self.spacing.solver
-        try:
-            chosen = solvers.check(name, own or {})
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if name in ("sde", "pc", "langevin", "pndm"):
-            raise UserError(f"solver {name} has no steps in a table of betas; use ddim or dpmpp_2m")
+        chosen = _solver(name, own or {})
         if image is not None:
             height, width = image.shape[2:]
         height, width = height or self.size, width or self.size
+        strength = (0.8 if mask is None else 1.0) if strength is None else strength
+        self._check(image, mask, strength, steps, height, width)
+        schedule, times = self.spacing.schedule, self.spacing.times(name, steps)
+        if image is not None:
+            times = times[steps - int(steps * strength) :]
+        unscaled = self.spacing.unscaled(name)
+        with device.autocast(self.kind, self.where):
+            start = self._start(
+                rng, image, mask, strength, float(times[0]), unscaled, height, width
+            )
+            denoise = self._denoiser(
+                texts, negative, guidance, rescale, start.told, (height, width)
+            )
+            expected = x = start.x
+
+            def watched(x: Tensor, t: float) -> Tensor:
+                nonlocal expected
+                expected = denoise(x, t)
+                return expected
+
+            path = chosen.steps(watched, x, times, schedule, rng, **(own or {}))
+            for i, x in enumerate(path, 1):
+                if start.mask is not None and start.kept is not None:
+                    alpha, sigma = level(schedule, float(times[i]))
+                    if i == len(times) - 1:
+                        alpha, sigma = 1.0, 0.0
+                    known = alpha * start.kept + sigma * start.noise
+                    # In place: the solver goes on from this x.
+                    x.copy_(start.mask * x + (1 - start.mask) * known)
+                if watch is not None:
+                    watch(i, expected)
+            return self.decode(x)
+
+    def _check(
+        self,
+        image: Tensor | None,
+        mask: Tensor | None,
+        strength: float,
+        steps: int,
+        height: int,
+        width: int,
+    ) -> None:
+        """Raise UserError for what does not fit together, or this checkpoint."""
         factor = self.autoencoder.factor
         if height % factor or width % factor:
             raise UserError(f"pictures of {width}x{height}: both must be multiples of {factor}")
@@ -140,96 +208,49 @@ class StableDiffusion:
             raise UserError("a mask was given without an image; expected both")
         if self.paints and (image is None or mask is None):
             raise UserError("this checkpoint paints into pictures: it needs --image and --mask")
-        strength = (0.8 if mask is None else 1.0) if strength is None else strength
-        times = self.spacing.times(name, steps)
-        if image is not None:
-            if not 0 < strength <= 1 or int(steps * strength) < 1:
-                raise UserError(
-                    f"strength is {strength} and steps {steps}; expected a strength above 0, up to "
-                    "1, and strength times steps at least 1"
-                )
-            times = times[steps - int(steps * strength) :]
-        with device.autocast(self.kind, self.where):
-            return self._draw(
-                texts,
-                rng,
-                negative,
-                image,
-                mask,
-                strength,
-                times,
-                lambda denoise, x: chosen.steps(
-                    denoise, x, times, self.spacing.schedule, rng, **(own or {})
-                ),
-                self.spacing.begins_at(name) == "sigma",
-                guidance,
-                rescale,
-                (height, width),
-                tile,
-                watch,
+        if image is not None and (not 0 < strength <= 1 or int(steps * strength) < 1):
+            raise UserError(
+                f"strength is {strength} and steps {steps}; expected a strength above 0, up to 1, "
+                "and strength times steps at least 1"
             )
 
-    def _draw(
+    def _start(
         self,
-        texts: Sequence[str],
         rng: Rng,
-        negative: str | None,
         image: Tensor | None,
         mask: Tensor | None,
         strength: float,
-        times: Tensor,
-        solve: Callable[[Denoiser, Tensor], Any],
+        time: float,
         unscaled: bool,
-        guidance: float,
-        rescale: float,
-        size: tuple[int, int],
-        tile: int | None,
-        watch: Watch | None,
-    ) -> Tensor:
-        count, factor = len(texts), self.autoencoder.factor
-        shape = (self.autoencoder.latent, size[0] // factor, size[1] // factor)
-        kept = None
+        height: int,
+        width: int,
+    ) -> Start:
+        """Return what B pictures begin from at a time."""
+        factor, kept = self.autoencoder.factor, None
+        shape = (self.autoencoder.latent, height // factor, width // factor)
         if image is not None:
-            image = image.to(self.where).expand(count, -1, -1, -1)
+            image = image.to(self.where).expand(len(rng), -1, -1, -1)
             if not (self.paints and strength == 1):  # else nothing of it is used
                 kept = self.autoencoder.encode(image, rng.normal(*shape))
         noise = rng.normal(*shape)
-        alpha, sigma = level(self.spacing.schedule, float(times[0]))
+        alpha, sigma = level(self.spacing.schedule, time)
         x = sigma * noise if unscaled else noise
         if kept is not None and strength < 1:
             x = alpha * kept + sigma * noise
-        extra = small = None
-        if mask is not None and image is not None:
-            mask = (mask.to(self.where) >= 0.5).float().expand(count, -1, -1, -1)
-            small = F.interpolate(mask, size=shape[1:])
-            if self.paints:
-                masked = self.autoencoder.encode(image * (mask < 0.5), rng.normal(*shape))
-                extra = torch.cat([small, masked], 1)
-        denoise = self._denoiser(texts, negative, guidance, rescale, extra, size)
-        expected = x
+        if mask is None or image is None:
+            return Start(x, noise)
+        mask = (mask.to(self.where) >= 0.5).float().expand(len(rng), -1, -1, -1)
+        small = F.interpolate(mask, size=shape[1:])
+        if not self.paints:
+            return Start(x, noise, kept, small)
+        masked = self.autoencoder.encode(image * (1 - mask), rng.normal(*shape))
+        return Start(x, noise, told=torch.cat([small, masked], 1))
 
-        def watched(x: Tensor, t: float) -> Tensor:
-            nonlocal expected
-            expected = denoise(x, t)
-            return expected
-
-        for i, x in enumerate(solve(watched, x)):  # noqa: B020
-            if small is not None and kept is not None and not self.paints:
-                alpha, sigma = level(self.spacing.schedule, float(times[i + 1]))
-                if i == len(times) - 2:
-                    alpha, sigma = 1.0, 0.0
-                # In place: the solver goes on from this x.
-                x.copy_(small * x + (1 - small) * (alpha * kept + sigma * noise))
-            if watch is not None:
-                watch(i + 1, expected)
-        return self.decode(x, tile)
-
-    def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], one after another."""
-        if tile is None:
-            tile = TILE if latent.shape[2] * latent.shape[3] > WHOLE**2 else 0
+        bands = latent.shape[2] * latent.shape[3] > WHOLE**2
         with torch.inference_mode(), device.autocast(self.kind, self.where):
-            parts = [self.autoencoder.decode(one[None], tile) for one in latent]
+            parts = [self.autoencoder.decode(one[None], bands) for one in latent]
         return torch.cat(parts).clamp(-1, 1)
 
     def with_autoencoder(self, autoencoder: Autoencoder) -> StableDiffusion:
@@ -242,30 +263,32 @@ class StableDiffusion:
         negative: str | None,
         guidance: float,
         rescale: float,
-        extra: Tensor | None,
+        told: Tensor | None,
         size: tuple[int, int],
     ) -> Denoiser:
-        """Return the denoiser of pictures of a size under texts, guided away from a negative one."""
+        """Return the denoiser of pictures under texts, guided away from a negative one."""
         count, guided = len(texts), guidance != 1
         read = self.reader([*texts, *[negative or ""] * (count if guided else 0)])
         if guided and negative is None and self.zeros:
-            read = Embedded(vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count))
+            read = Embedded(
+                vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count)
+            )
         numbers = self._numbers(size, count, guided)
 
         def predict(x: Tensor, t: float) -> Tensor:
             alpha, sigma = level(self.spacing.schedule, t)
-            given = x if extra is None else torch.cat([x, extra], 1)
+            given = x if told is None else torch.cat([x, told], 1)
             if guided:
                 given, x = torch.cat([given, given]), torch.cat([x, x])
             if device.channels_last(self.where, self.kind):
                 given = given.contiguous(memory_format=torch.channels_last)
             time = torch.full((len(given),), t, dtype=torch.float64)
-            told = self.unet(given, time, read, numbers)
+            output = self.unet(given, time, read, numbers)
             if self.spacing.prediction == "sample":
-                return told
+                return output
             if self.spacing.prediction == "v_prediction":
-                return alpha * x - sigma * told
-            return (x - sigma * told) / alpha
+                return alpha * x - sigma * output
+            return (x - sigma * output) / alpha
 
         if not guided:
             return predict

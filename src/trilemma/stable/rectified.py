@@ -33,7 +33,7 @@ from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.layers import Embedded
 from trilemma.networks.mmdit import MMDiT
 from trilemma.stable import flow, flux, sd3, t5
-from trilemma.stable.pipeline import TILE, WHOLE, Autoencoder
+from trilemma.stable.pipeline import WHOLE, Autoencoder
 from trilemma.stable.places import Place, find
 from trilemma.stable.t5 import Encoder
 
@@ -135,7 +135,6 @@ class Rectified(ABC):
         rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-        tile: int | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> Tensor:
@@ -155,7 +154,6 @@ class Rectified(ABC):
             rescale: of classifier-free guidance.
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
-            tile: side of the decoder's tiles in latent pixels, 0 for none; if None, as is needed.
             watch: called after each step with the steps done and the x_0 expected.
             own: options of the solver.
 
@@ -210,14 +208,13 @@ class Rectified(ABC):
                     x.copy_(small * x + (1 - small) * (t * noise + (1 - t) * kept))
                 if watch is not None:
                     watch(i + 1, expected)
-        return self.decode(x, tile)
+        return self.decode(x)
 
-    def decode(self, latent: Tensor, tile: int | None = None) -> Tensor:
+    def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], one after another."""
-        if tile is None:
-            tile = TILE if latent.shape[2] * latent.shape[3] > WHOLE**2 else 0
+        bands = latent.shape[2] * latent.shape[3] > WHOLE**2
         with torch.inference_mode(), device.autocast(self.kind, self.where):
-            parts = [self.autoencoder.decode(one[None], tile) for one in latent]
+            parts = [self.autoencoder.decode(one[None], bands) for one in latent]
         return torch.cat(parts).clamp(-1, 1)
 
     def with_autoencoder(self, autoencoder: Autoencoder) -> Self:
@@ -408,7 +405,9 @@ class Flux1(Rectified):
 def moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (B, C, h, w) of the latents of images (B, 3, H, W) in [-1, 1]."""
     if not isinstance(autoencoder, KLAutoencoder):
-        raise UserError("a tiny autoencoder tells no deviation of latents; take the checkpoint's own")
+        raise UserError(
+            "a tiny autoencoder tells no deviation of latents; take the checkpoint's own"
+        )
     mean, deviation = autoencoder.posterior(images)
     scale = autoencoder.scale
     return (mean - autoencoder.shift) * scale, deviation * scale

@@ -79,13 +79,12 @@ class Spacing:
             last = 0.0
         return torch.tensor([*((k + 1) / total).tolist(), last], dtype=torch.float64)
 
-    def begins_at(self, solver: str) -> str:
-        """Say how the first x is made of noise: "noise", or "sigma" times it.
+    def unscaled(self, solver: str) -> bool:
+        """Say whether the first x is sigma times noise, and not noise of deviation 1.
 
-        Euler's steps in diffusers begin with the noise alone at its level, the picture's part left
-        out, except in the spacing leading.
+        Euler's steps in diffusers begin so, except in the spacing leading.
         """
-        return "sigma" if solver.startswith("euler") and self.spacing != "leading" else "noise"
+        return solver.startswith("euler") and self.spacing != "leading"
 
 
 def from_config(config: Mapping[str, Any], where: str) -> Spacing:

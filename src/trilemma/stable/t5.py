@@ -35,7 +35,8 @@ class Encoder(NamedTuple):
 
     def room(self, length: int | None) -> int:
         """Return how many tokens are read: `length`, or as many as CLIP has positions for."""
-        return length or self.network.config.max_position_embeddings  # type: ignore[union-attr, return-value]
+        config: Any = self.network.config
+        return length or config.max_position_embeddings
 
     def tokens(self, texts: Sequence[str], length: int | None = None) -> Tensor:
         """Return tokens (B, length), cut and filled up to `room`."""
@@ -105,8 +106,8 @@ def tokenizer(folder: Path) -> Any:
     library = transformers(str(folder))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(
-            f"{folder} holds no tokenizer; expected tokenizer.json or spiece.model: texts cannot be "
-            "read without; fetch the folder again, whole"
+            f"{folder} holds no tokenizer; expected tokenizer.json or spiece.model: texts "
+            "cannot be read without; fetch the folder again, whole"
         )
     try:
         return library.T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)

@@ -40,7 +40,7 @@ class Tower(NamedTuple):
         return self.encoder.config.max_position_embeddings  # type: ignore[union-attr, return-value]
 
     def pieces(self, text: str) -> list[list[int]]:
-        """Return the tokens of a text in pieces of its length less 2; at least one, perhaps empty."""
+        """Return the tokens of a text in pieces of its length less 2; one, if empty, at least."""
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         room = self.length - 2
         return [tokens[start : start + room] for start in range(0, max(len(tokens), 1), room)]
@@ -110,7 +110,9 @@ def transformers(needed_for: str) -> Any:
 def tokenizer(folder: Path) -> Any:
     """Read the CLIP tokenizer of a folder; raises UserError when there is none."""
     library = transformers(str(folder))
-    has = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
+    has = [
+        name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()
+    ]
     if "tokenizer.json" not in has and len(has) < 2:
         raise UserError(
             f"{folder} holds no tokenizer; expected vocab.json and merges.txt, or tokenizer.json: "
@@ -129,7 +131,9 @@ def own_tokenizer(pad: str = "<|endoftext|>") -> Any:
         pad: the token that fills up: the end's in version 1, "!" (token 0) in OpenCLIP's towers.
     """
     library = transformers("a single file")
-    packed = resources.files("trilemma").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    packed = (
+        resources.files("trilemma").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    )
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : MERGES + 1]
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in plain]
@@ -167,7 +171,9 @@ def encoder(
     """
     named = (config.get("architectures") or ["CLIPTextModel"])[0]
     if named not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise UserError(f"{where} is a {named}; expected a CLIPTextModel, with projection or without")
+        raise UserError(
+            f"{where} is a {named}; expected a CLIPTextModel, with projection or without"
+        )
     library = transformers(where)
     projected = projected or named.endswith("WithProjection")
     made = library.CLIPTextModelWithProjection if projected else library.CLIPTextModel

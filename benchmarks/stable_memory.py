@@ -1,0 +1,137 @@
+"""Memory of loading a Stable Diffusion 1.5 U-Net, and of decoding a large picture.
+
+Writes a checkpoint of random float32 weights, 3.4 GB, into a temporary folder (TMPDIR says where),
+and loads it in a process of its own, as `trilemma sample` does; then runs it once on small latents,
+so that every weight has been read. Peak resident memory is that of the whole process, less what
+Python with our imports holds: shared with the system's file cache where weights are views of the
+file. Loading takes turns with reading the file, twice, from the cache.
+
+Decoding is of 128 x 128 latents in float32, at once and in bands.
+
+    python benchmarks/stable_memory.py
+    python benchmarks/stable_memory.py --tiny       # does it run?
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trilemma import device
+from trilemma.networks.kl_autoencoder import KLAutoencoder
+from trilemma.networks.layers import Embedded
+from trilemma.networks.spatial_unet import SpatialUNet
+from trilemma.stable import files, loading
+
+WHERE = torch.device("cpu")
+
+
+def network(tiny: bool) -> SpatialUNet:
+    with torch.device("meta"):
+        return SpatialUNet(channels=(32, 64, 128, 128) if tiny else (320, 640, 1280, 1280))
+
+
+def write(path: Path, tiny: bool) -> int:
+    """Write random weights tensor by tensor; return the file's size."""
+    header, end = {}, 0
+    state = network(tiny).state_dict()
+    for name, tensor in state.items():
+        size = 4 * tensor.numel()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    draw = np.random.default_rng(0)
+    with open(path, "wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        for tensor in state.values():
+            file.write((0.02 * draw.standard_normal(tensor.numel(), np.float32)).tobytes())
+    return path.stat().st_size
+
+
+def peak() -> int:
+    """Return the most bytes that this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def child(task: str, path: Path, tiny: bool) -> dict[str, float]:
+    """Do one task in a process of its own; return what it told."""
+    command = [sys.executable, __file__, "--task", task, "--path", str(path)]
+    done = subprocess.run(command + ["--tiny"] * tiny, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(task: str, path: Path, tiny: bool) -> dict[str, float]:
+    before, start = peak(), time.perf_counter()
+    if task == "read":
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+        return {"seconds": time.perf_counter() - start}
+    with torch.inference_mode():
+        if task in ("whole", "bands"):
+            coder = KLAutoencoder().eval()
+            device.prepare(coder, WHERE, torch.float32)
+            side = 16 if tiny else 128
+            before = peak()
+            coder.decode(torch.randn(1, 4, side, side), task == "bands")
+            return {"peak": peak() - before, "all": peak(), "seconds": time.perf_counter() - start}
+        kind = torch.float32 if task == "float32" else torch.bfloat16
+        unet = loading.fill(network(tiny), files.read(path)[0], "unet", WHERE, kind)
+        seconds, loaded = time.perf_counter() - start, peak() - before
+        with device.autocast(kind, WHERE):
+            unet(
+                torch.randn(2, 4, 8, 8),
+                torch.full((2,), 0.5),
+                Embedded(tokens=torch.randn(2, 77, 768)),
+            )
+        return {"seconds": seconds, "loaded": loaded, "peak": peak() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a network of a tenth of the widths")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, default=Path("-"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(work(args.task, args.path, args.tiny)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "diffusion_pytorch_model.safetensors"
+        size = write(path, args.tiny)
+        print(f"{size / 1e9:.2f} GB of float32 weights\n")
+        print("| loaded as | s | s to read the file | peak when loaded / file | after use / file |")
+        print("|---|---|---|---|---|")
+        for kind in ("float32", "bfloat16"):
+            reads, loads = zip(
+                *[(child("read", path, args.tiny), child(kind, path, args.tiny)) for _ in range(2)],
+                strict=True,
+            )
+            best = min(loads, key=lambda told: told["seconds"])
+            read = min(told["seconds"] for told in reads)
+            print(
+                f"| {kind} | {best['seconds']:.2f} | {read:.2f} | {best['loaded'] / size:.2f} | "
+                f"{best['peak'] / size:.2f} |"
+            )
+        print("\n| decoding 1024x1024, float32 | peak less weights, GB | whole process, GB | s |")
+        print("|---|---|---|---|")
+        for task in ("whole", "bands"):
+            told = child(task, path, args.tiny)
+            held = f"{told['peak'] / 1e9:.2f} | {told['all'] / 1e9:.2f}"
+            print(f"| {task} | {held} | {told['seconds']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
