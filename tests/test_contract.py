@@ -39,9 +39,7 @@ def sets(tmp_path_factory):
     return {
         "classes": load_data(tiny.pictures(tmp_path_factory.mktemp("pictures")), split="all"),
         "domains": load_data(tiny.domains(tmp_path_factory.mktemp("domains")), split="train"),
-        "captions": load_data(
-            tiny.captions(tiny.pictures(tmp_path_factory.mktemp("captions"))), split="all"
-        ),
+        "captions": load_data(tiny.captioned(tmp_path_factory.mktemp("captions")), split="all"),
     }
 
 
@@ -56,7 +54,7 @@ def data(name, sets):
 def folders(tmp_path_factory):
     """Folders with the runs that recipes use, in `runs`: tiny ones, and one step at 32 pixels."""
     tiny_ones, sizeable = (tmp_path_factory.mktemp(name) for name in ("tiny", "sizeable"))
-    pictures = tiny.captions(tiny.pictures(tmp_path_factory.mktemp("pictures")))
+    pictures = tiny.captioned(tmp_path_factory.mktemp("pictures"))
     large = ["train.batch=8", "train.grids=0"]
     without = ["model.weights=none"]
     for name, own in (("vqvae", []), ("kl-f4", without), ("vq-f4", without), ("clip", [])):

@@ -161,7 +161,7 @@ def test_a_prior_learns_which_picture_belongs_to_which_text(saying):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unclip")
-    data = pictures.load(str(tiny.captions(tiny.pictures(folder / "data"))), size=16)
+    data = pictures.load(str(tiny.captioned(folder / "data")), size=16)
 
     def fit(name, out, *changes):
         changes = [*tiny.overrides(name), *changes]

@@ -105,6 +105,13 @@ def reads_words(name: str) -> bool:
     return "captions" in recipe.load(name)["about"]["needs"]
 
 
+def captioned(folder: Path) -> Path:
+    """Write the pictures of `pictures`, a caption beside each."""
+    for i, path in enumerate(sorted(pictures(folder).rglob("*.png"))):
+        path.with_suffix(".txt").write_text(f"{path.parent.name} number {i}")
+    return folder
+
+
 def domains(folder: Path) -> Path:
     """Write trainA and trainB, of 12 and 10 pictures: bright shapes on dark, dark on bright."""
     pictures(folder / "trainA", 12, 1)
