@@ -62,7 +62,7 @@ def add(stable: StableDiffusion, asked: str) -> None:
     layers = _layers(stable)
     parts = _parts(path, tensors)
     told = _adapter(facts)
-    blocks = len(stable.unet.down_blocks[0].resnets)
+    blocks = stable.unet.blocks
     unknown = []
     for name, part in parts.items():
         layer = layers.get(_flat(name, blocks))
