@@ -110,7 +110,8 @@ def _unfit(trained: Trained, why: str) -> UserError:
 def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a U-Net's weights under diffusers' names, and the config that says what it is."""
     told = trained.recipe["model"]["network"]
-    levels = [module for module in network.modules() if isinstance(module, Level)]
+    norm_out = network.norm_out
+    assert isinstance(norm_out, GroupNorm)
     norms = {module.groups for module in network.modules() if isinstance(module, GroupNorm)}
     blocks, multipliers = told.get("blocks", 2), told.get("multipliers", (1, 2, 2, 2))
     if network.patch != 1 or told.get("resample", "conv") != "conv" or told.get("rescale"):
@@ -181,7 +182,7 @@ def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[s
         "attention_head_dim": told.get("head_channels"),
         "norm_num_groups": groups,
         "attn_norm_num_groups": groups,
-        "norm_eps": levels[0].block.norm_in.eps,
+        "norm_eps": norm_out.eps,
         "resnet_time_scale_shift": {"shift": "default", "scale-shift": "scale_shift"}[
             told.get("norm", "shift")
         ],

@@ -48,15 +48,15 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
-        if attention:
-            self.attentions = nn.ModuleList([PlaceAttention(channels, groups)])
+        attentions = [PlaceAttention(channels, groups)] if attention else []
+        self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(Resnet(channels, channels, 0, groups, EPS) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         x = self.resnets[0](x)
-        if hasattr(self, "attentions"):
-            x = self.attentions[0](x)
+        for attention in self.attentions:
+            x = attention(x)
         return self.resnets[1](x)
 
 
@@ -66,17 +66,18 @@ class Level(nn.Module):
     def __init__(self, resnets: list[Resnet], resize: Resize | None, down: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        if resize is not None:
-            setattr(self, "downsamplers" if down else "upsamplers", nn.ModuleList([resize]))
+        ways = [] if resize is None else [resize]
+        self.downsamplers = nn.ModuleList(ways if down else [])
+        self.upsamplers = nn.ModuleList([] if down else ways)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the next size, if there is one."""
         for resnet in self.resnets:
             x = resnet(x)
-        if hasattr(self, "downsamplers"):  # one row and column of 0 below and right
-            x = self.downsamplers[0](F.pad(x, (0, 1, 0, 1)))
-        if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, (2 * x.shape[2], 2 * x.shape[3]))
+        for smaller in self.downsamplers:  # one row and column of 0 below and right
+            x = smaller(F.pad(x, (0, 1, 0, 1)))
+        for larger in self.upsamplers:
+            x = larger(x, (2 * x.shape[2], 2 * x.shape[3]))
         return x
 
 
@@ -142,13 +143,16 @@ class Decoder(nn.Module):
     def rest_in_bands(self, x: Tensor) -> Tensor:
         """Do the same in less memory."""
         for level in self.up_blocks:
+            assert isinstance(level, Level)
             for resnet in level.resnets:
+                assert isinstance(resnet, Resnet)
                 h = normed_in_bands(resnet.norm1, resnet.conv1, x)
                 h = normed_in_bands(resnet.norm2, resnet.conv2, h)
                 short = resnet.conv_shortcut
                 x = h.add_(x if short is None else conv_in_bands(short, x, lambda part: part))
-            if hasattr(level, "upsamplers"):
-                x = conv_in_bands(level.upsamplers[0].conv, x, _doubled, 2)
+            for larger in level.upsamplers:
+                assert isinstance(larger, Resize)
+                x = conv_in_bands(larger.conv, x, _doubled, 2)
         return normed_in_bands(self.conv_norm_out, self.conv_out, x).float()
 
 

@@ -191,16 +191,16 @@ class Level(nn.Module):
         down: bool,
     ) -> None:
         super().__init__()
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
+        self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
-        if resize is not None:
-            setattr(self, "downsamplers" if down else "upsamplers", nn.ModuleList([resize]))
+        ways = [] if resize is None else [resize]
+        self.downsamplers = nn.ModuleList(ways if down else [])
+        self.upsamplers = nn.ModuleList([] if down else ways)
 
     def block(self, i: int, x: Tensor, embedding: Tensor, text: Tensor) -> Tensor:
         """Apply residual block i and the transformer after it."""
         x = self.resnets[i](x, embedding)
-        return self.attentions[i](x, text) if hasattr(self, "attentions") else x
+        return self.attentions[i](x, text) if len(self.attentions) else x
 
 
 class Middle(nn.Module):
@@ -269,6 +269,7 @@ class SpatialUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.steps = in_channels, out_channels, steps
+        self.blocks = blocks
         self.features, self.number_dim, self.numbers = channels[0], number_dim, numbers
         wide = 4 * channels[0]
 
@@ -331,17 +332,19 @@ class SpatialUNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
+            assert isinstance(level, Level)
             for i in range(len(level.resnets)):
                 x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
                 skips.append(x)
-            if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x)
+            for smaller in level.downsamplers:
+                x = smaller(x)
                 skips.append(x)
         x = self.mid_block(x, embedding, text.tokens)
         for level in self.up_blocks:
+            assert isinstance(level, Level)
             for i in range(len(level.resnets)):
                 x = torch.cat([x, skips.pop()], 1)
                 x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
-            if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x, skips[-1].shape[2:])
+            for larger in level.upsamplers:
+                x = larger(x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x))).float()

@@ -319,7 +319,7 @@ def finetune(
                 loss = _loss(model, cache, tuning, step * tuning.batch, where)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(learning, 1.0)
-            told = float(loss)
+            told = float(loss.detach())
             if math.isfinite(told) and bool(norm.isfinite()):
                 optimizer.step()
                 bad = 0
@@ -436,7 +436,8 @@ def write_lora(path: Path, network: nn.Module, names: Mapping[str, Place], prefi
     tensors: dict[str, Tensor] = {}
     for name, layer, part in lora.factors(network):
         module = names[f"{name}.weight"].name.removesuffix(".weight")
-        at, down, up = f"{prefix}.{module}", part.down, part.scale * part.up
+        at = f"{prefix}.{module}"
+        down, up = part.down.detach(), part.scale * part.up.detach()
         if isinstance(layer, nn.Conv2d):
             down = down.view(len(down), layer.in_channels // layer.groups, *layer.kernel_size)
             up = up[:, :, None, None]

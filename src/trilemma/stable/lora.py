@@ -6,7 +6,8 @@ layouts in use name the same parts differently:
     kohya      lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_,
                lora_te1_ and lora_te2_ for text encoders; U-Net parts also as single files name them
     diffusers  unet.down_blocks.0....to_q.lora_A.weight, .lora_B.weight (peft), or
-               .lora.down.weight, .lora.up.weight, or processor.to_q_lora.down.weight; text_encoder., text_encoder_2.
+               .lora.down.weight, .lora.up.weight, or processor.to_q_lora.down.weight;
+               text_encoder., text_encoder_2.
 
 A changed weight is one of its own: the file that the others are views of is never written to.
 """
@@ -62,7 +63,7 @@ def add(stable: StableDiffusion, asked: str) -> None:
     layers = _layers(stable)
     parts = _parts(path, tensors)
     told = _adapter(facts)
-    blocks = len(stable.unet.down_blocks[0].resnets)
+    blocks = stable.unet.blocks
     unknown = []
     for name, part in parts.items():
         layer = layers.get(_flat(name, blocks))
