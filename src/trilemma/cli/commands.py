@@ -296,7 +296,7 @@ def sample(
     from trilemma import sampling
     from trilemma.stable import load as checkpoints
 
-    of_text = {"image": image, "strength": strength, "mask": mask, "negative": negative}
+    of_text: dict[str, Any] = {"image": image, "strength": strength, "mask": mask, "negative": negative}
     of_text |= {"text": text, "lora": lora, "size": picture_size}
     if checkpoints.recognises(run):
         n = n or 1
