@@ -296,8 +296,8 @@ def sample(
     from trilemma import sampling
     from trilemma.stable import load as checkpoints
 
-    of_text: dict[str, Any] = {"image": image, "strength": strength, "mask": mask, "negative": negative}
-    of_text |= {"text": text, "lora": lora, "size": picture_size}
+    of_text: dict[str, Any] = {"text": text, "negative": negative, "size": picture_size}
+    of_text |= {"image": image, "strength": strength, "mask": mask, "lora": lora}
     if checkpoints.recognises(run):
         n = n or 1
         chosen |= {"label": label, "attributes": attributes, **of_text}
