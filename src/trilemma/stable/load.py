@@ -41,7 +41,7 @@ PIPELINES = (
 SUPPORTED = (
     "a diffusers folder or a single safetensors file of Stable Diffusion 1, 2, XL or 3, or FLUX.1"
 )
-SCALED = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+SCALED: dict[str, Any] = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
 SCALED |= {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False}
 """What single files, which say nothing of it, were trained with."""
 

@@ -304,12 +304,12 @@ class StableDiffusion:
         if not self.unet.numbers:
             return None
         if self.unet.numbers == 6:
-            rows = [[*size, 0, 0, *size]] * 2
+            rows: list[list[float]] = [[*size, 0, 0, *size]] * 2
         elif self.unet.numbers == 5:  # the refiner: how beautiful, in place of the size to be
             rows = [[*size, 0, 0, 6.0], [*size, 0, 0, 2.5]]
         else:
             raise UserError(f"the U-Net is told {self.unet.numbers} numbers; expected 5 or 6")
-        told = torch.tensor(rows[: 1 + guided], device=self.where)
+        told = torch.tensor(rows[: 1 + guided], device=self.where, dtype=torch.float32)
         return told.repeat_interleave(count, 0)
 
 
