@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -468,7 +468,7 @@ def _pretrained(path: str) -> tuple[Callable[[list[str], int], tuple[Tensor, ...
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; expected the folder of a text encoder")
-    given = {"local_files_only": True, "use_safetensors": True}
+    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
