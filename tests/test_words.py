@@ -32,9 +32,7 @@ NETWORKS = {
         3, 3, 32, (1, 1), 1, (8,), size=16, head_channels=8, embedding_dim=DIM, cross=True
     ),
     **{
-        kind: (
-            lambda kind=kind: DiT(3, 3, 16, 4, 16, 2, 2, conditioning=kind, embedding_dim=DIM)
-        )
+        kind: (lambda kind=kind: DiT(3, 3, 16, 4, 16, 2, 2, conditioning=kind, embedding_dim=DIM))
         for kind in ("in-context", "cross-attention", "adaln-cross")
     },
 }

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ def _pretrained(path: str) -> tuple[Callable[[list[str], int], tuple[Tensor, ...
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; expected the folder of a text encoder")
-    given = {"local_files_only": True, "use_safetensors": True}
+    given: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type

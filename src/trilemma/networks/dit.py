@@ -266,9 +266,7 @@ class DiT(nn.Module):
             h = self._beside(h, tokens, turn, mask)
         return unpatchify(self.leave(h), self.patch, height, width)
 
-    def _modulated(
-        self, h: Tensor, e: Tensor, turn: Tensor | None, embedded: Embedded
-    ) -> Tensor:
+    def _modulated(self, h: Tensor, e: Tensor, turn: Tensor | None, embedded: Embedded) -> Tensor:
         """Pass the sequence through blocks that are told e (B, D) by shifts and scales."""
         assert self.modulation is not None
         told = self.modulation(e)
