@@ -131,8 +131,8 @@ class Trained:
             )
         if isinstance(self.model, DrawsEmbeddings):
             raise UserError(
-                f"{self.name} draws no pictures but embeddings of them; with a run of unclip-decoder, "
-                f"trilemma join --prior {self.path} --decoder RUN --out DIR draws pictures"
+                f"{self.name} draws no pictures but embeddings of them; with a run of "
+                f"unclip-decoder, trilemma join --prior {self.path} --decoder RUN --out DIR draws pictures"
             )
         if not isinstance(self.model, Generator):
             raise UserError(

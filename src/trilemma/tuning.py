@@ -129,11 +129,13 @@ def tune_steps(
         solver's own grid and `kept` says whether the tuned one is better than all.
 
     Raises:
-        UserError: no diffusion model, or a packaged one; an unknown or stochastic solver, or too few calls.
+        UserError: no diffusion model, or a packaged one; an unknown or stochastic solver, or too
+            few calls.
     """
     if checkpoint.model_file(run).parent == checkpoint.PACKAGED:
         raise UserError(
-            f"{run} is a packaged model, which keeps no times; train one, or give --steps and --grid"
+            f"{run} is a packaged model, which keeps no times; train one, or give --steps and "
+            "--grid"
         )
     trained = sampling.load(run, device_name)
     if not isinstance(trained.model, Diffusion):
