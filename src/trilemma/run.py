@@ -162,7 +162,7 @@ class Run:
         )
         shared = {**about, "recipe": self._shared()}
         checkpoint.write(self.out / "model.safetensors", lora.merged(self.average), shared)
-        adapters.write(self.out, self.average, about)
+        adapters.write(self.out, self.average, shared)
 
     def restore(self, keep_length: bool) -> None:
         """Take up the state in the run folder, and its length too if `keep_length`.

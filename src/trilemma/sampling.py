@@ -132,7 +132,8 @@ class Trained:
         if isinstance(self.model, DrawsEmbeddings):
             raise UserError(
                 f"{self.name} draws no pictures but embeddings of them; with a run of "
-                f"unclip-decoder, trilemma join --prior {self.path} --decoder RUN --out DIR draws pictures"
+                f"unclip-decoder, trilemma join --prior {self.path} --decoder RUN --out DIR makes "
+                "one that draws pictures"
             )
         if not isinstance(self.model, Generator):
             raise UserError(
