@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny
 from trilemma import comparison, edit, recipe, redraw, retrieval, sampling, training
-from trilemma.batch import Rng, to_float, to_uint8
+from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.conditioning import SOURCES, source_of
 from trilemma.data import batches
 from trilemma.data import load as load_data
@@ -29,6 +29,7 @@ OTHERS = (
     tiny.repairs,
     tiny.classifies,
     tiny.matches,
+    tiny.embeds,
 )
 DRAWING = [name for name in RECIPES if not any(other(name) for other in OTHERS)]
 
@@ -287,6 +288,22 @@ def test_matchers(name, data, tmp_path):
     with pytest.raises(UserError, match="draws no pictures.*trilemma search"):
         trained.sample(1)
     with pytest.raises(UserError, match="matches pictures and words and draws none of its own"):
+        comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if tiny.embeds(name)])
+def test_priors(name, data, tmp_path):
+    trained = fit(name, data, tmp_path / "run", steps=2, overrides=tiny.overrides(name))
+    assert not trained.draws and not (tmp_path / "run" / "samples").exists()
+    loaded, told = sampling.load(tmp_path / "run").model, Condition(4, text=["red", "blue"] * 2)
+    z = loaded.draw(told, Rng(range(4)))
+    assert z.norm(dim=1).allclose(torch.ones(4), atol=1e-4) and not torch.equal(z[0], z[2])
+    assert torch.equal(trained.model.draw(told, Rng(range(4))), z), "a reloaded model differs"
+    apart = torch.cat([loaded.draw(told[i : i + 1], Rng([i])) for i in range(4)])
+    assert apart.allclose(z, atol=1e-3), "an embedding depends on its batch"
+    with pytest.raises(UserError, match="draws no pictures.*trilemma join"):
+        trained.sample(1)
+    with pytest.raises(UserError, match="draws embeddings of pictures and draws none of its own"):
         comparison.compare([name], "fashion", budget=1, out=tmp_path / "unused")
 
 

@@ -40,7 +40,7 @@ def test_spherical_is_straight_where_there_is_no_angle():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+    return tiny.captioned(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,14 @@ SMALL: dict[str, dict] = {
     "networks.dit.DiT": {"width": 16, "depth": 2, "heads": 2},
     "networks.mamba.Mamba": {"width": 16, "depth": 2, "state": 4, "head_dim": 8},
     "networks.vit.VisionTransformer": {"width": 16, "depth": 2, "heads": 2},
-    "networks.prior.Prior": {"words": [32, 16], "width": 16, "layers": 1, "heads": 2},
+    "networks.prior.Prior": {"words": [8, 16], "width": 16, "layers": 1, "heads": 2},
+    "networks.text.TextTransformer": {
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "embedding": 4,
+        "context": 8,
+    },
     "networks.unet.UNet": {
         "channels": 32,
         "multipliers": [1, 2],
@@ -98,6 +105,11 @@ def classifies(name: str) -> bool:
 def matches(name: str) -> bool:
     """Whether a packaged recipe tells which pictures and words go together, and draws nothing."""
     return recipe.load(name)["model"]["type"] == "models.clip.CLIP"
+
+
+def embeds(name: str) -> bool:
+    """Whether a packaged recipe draws embeddings of pictures, and no pictures."""
+    return recipe.load(name)["model"]["type"].endswith("Prior")
 
 
 def reads_words(name: str) -> bool:

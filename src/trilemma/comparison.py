@@ -27,7 +27,7 @@ from trilemma import data as pictures
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.judge import Judge
-from trilemma.model import Generator, Matches, TellsClasses
+from trilemma.model import DrawsEmbeddings, Generator, Matches, TellsClasses
 from trilemma.report import choice, commands, scales
 from trilemma.report.commands import Request
 from trilemma.sampling import Trained
@@ -218,6 +218,8 @@ def _specs(recipes: Sequence[str], overrides: Sequence[str]) -> dict[str, recipe
             does, command = "tells classes", "sample --classifier"
         elif _is(specs[name], Matches):
             does, command = "matches pictures and words", "search"
+        elif _is(specs[name], DrawsEmbeddings):
+            does, command = "draws embeddings of pictures", "join"
         else:
             does, command = "restores pictures", "edit reconstruct"
         raise UserError(

@@ -182,14 +182,7 @@ class Matches(Protocol):
     """Puts pictures and texts into one space, where those that belong together are near.
 
     Draws nothing. Vectors are of unit length, so that their products are cosines.
-
-    Attributes:
-        dim: D, of the vectors.
-        words: (T, W): how many tokens a text has at most, and the width of their features.
     """
-
-    dim: int
-    words: tuple[int, int]
 
     def embed_images(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to unit vectors (B, D)."""
@@ -198,6 +191,19 @@ class Matches(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Map B texts to unit vectors (B, D)."""
         ...
+
+
+@runtime_checkable
+class Reads(Matches, Protocol):
+    """Tells what it sees in each word of a text, too.
+
+    Attributes:
+        dim: D, of the vectors.
+        words: (T, W): how many tokens a text has at most, and the width of their features.
+    """
+
+    dim: int
+    words: tuple[int, int]
 
     def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Map B texts to features of their tokens (B, T, W), a mask, and unit vectors (B, D).
@@ -284,13 +290,13 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def matching(clip: Frozen) -> Matches:
+def matching(clip: Frozen) -> Reads:
     """Return what a frozen part holds as a model of pictures and texts.
 
     Raises:
         ValueError: it is something else.
     """
-    if not isinstance(clip.module, Matches):
+    if not isinstance(clip.module, Reads):
         raise ValueError(
             f"the model of pictures and words is a trained {type(clip.module).__name__}; give the "
             "run of a CLIP"

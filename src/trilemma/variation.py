@@ -23,7 +23,7 @@ from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.conditioning import ClipImage
 from trilemma.edit import BATCH, check, inference, spherical
 from trilemma.errors import UserError
-from trilemma.model import Matches
+from trilemma.model import Reads
 from trilemma.models.unclip import UnCLIP, clip_of
 from trilemma.sampling import Trained
 
@@ -139,7 +139,7 @@ def embed(trained: Trained, images: Tensor) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-def _clip(trained: Trained) -> Matches:
+def _clip(trained: Trained) -> Reads:
     model = trained.model
     if not any(isinstance(part, ClipImage) for part in model.modules()):
         raise UserError(

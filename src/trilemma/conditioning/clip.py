@@ -33,8 +33,9 @@ class ClipText(Conditioner):
         model = matching(clip)
         self.words, self.dim = model.words, model.dim
         self.padding = nn.Parameter(torch.randn(self.words[1]) * 0.02)
-        self.no_words = nn.Parameter(torch.randn(*self.words) * 0.02)
-        self.no_text = nn.Parameter(torch.randn(self.dim) * 0.02)
+        if self.guidable:
+            self.no_words = nn.Parameter(torch.randn(*self.words) * 0.02)
+            self.no_text = nn.Parameter(torch.randn(self.dim) * 0.02)
 
     def forward(
         self, condition: Condition, rng: Rng | None = None, image: Tensor | None = None
@@ -57,7 +58,9 @@ class ClipText(Conditioner):
         return Embedded(vector=vector, tokens=tokens)
 
     def nothing(self, condition: Condition) -> Embedded:
-        """Embed "nothing said" for the images of `condition`."""
+        """Embed "nothing said" for the images of `condition`; ValueError if it never was."""
+        if not self.guidable:
+            raise ValueError("the model was trained with dropout 0: it always needs a text")
         return Embedded(
             vector=self.no_text.expand(condition.count, -1),
             tokens=self.no_words.expand(condition.count, -1, -1),

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import ClipEmbedding, encoded
 from trilemma.conditioning import ClipImage, ClipText, source_of
-from trilemma.model import DrawsEmbeddings, Frozen, Losses, Matches, Model, Phase, matching
+from trilemma.model import DrawsEmbeddings, Frozen, Losses, Model, Phase, Reads, matching
 from trilemma.models.diffusion import Diffusion
 from trilemma.networks.transformer import Cache, CausalTransformer
 
@@ -290,7 +290,7 @@ class UnCLIP(Model):
         return upsampler.sample(told, rng, steps=upsampler_steps)
 
 
-def clip_of(module: nn.Module) -> Matches:
+def clip_of(module: nn.Module) -> Reads:
     """Return the CLIP that a prior's conditioner or a decoder's reads.
 
     Raises:
@@ -302,7 +302,7 @@ def clip_of(module: nn.Module) -> Matches:
     raise ValueError(f"{type(module).__name__} reads nothing of a CLIP")
 
 
-def _nearest(drawn: list[Tensor], clip: Matches, condition: Condition) -> Tensor:
+def _nearest(drawn: list[Tensor], clip: Reads, condition: Condition) -> Tensor:
     """Return of several embeddings (B, D) for each text the one nearest to the text's own."""
     assert condition.text is not None  # its conditioner has read it
     several = torch.stack(drawn)  # (candidates, B, D)
