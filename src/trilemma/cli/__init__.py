@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import sys
 
-from trilemma.cli import checkpoints, commands, edit  # noqa: F401  (they say what commands are)
 from trilemma.cli.shared import app, duration, number, screen
 from trilemma.errors import Interrupted, UserError
+
+# isort: off
+# These say what commands are, in the order of the help.
+from trilemma.cli import training, drawing, looking, pictures, edit, checkpoints  # noqa: F401
+
+# isort: on
 
 __all__ = ["app", "duration", "main", "number"]
 
