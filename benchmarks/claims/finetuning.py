@@ -87,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     train, test = (pictures.load("fashion-mnist", split=split) for split in ("train", "test"))
     known, few = of_kinds(train, KNOWN), of_kinds(train, NEW, given.pictures)
-    distance = common.Distance(of_kinds(test, NEW).images)
+    distance = common.Distance(of_kinds(test, NEW))
     first, seconds = fit(known, "start", 1.0, steps=steps_in(60 * given.start, known))
     common.tell("starting run", seen=first.progress["seen"], seconds=seconds)
     start_distance = distance(first.sample(given.n))

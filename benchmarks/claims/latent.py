@@ -111,7 +111,7 @@ def main() -> None:
         pictures.load(given.data, split=split, size=given.size, multiple=8)
         for split in ("train", "test")
     )
-    distance = common.Distance(test.images)
+    distance = common.Distance(test)
 
     stage = begin("kl-f4", [], train, given.seed)
     fit(stage, 60 * given.stage_minutes)

@@ -93,7 +93,7 @@ def main() -> None:
     side = trained.data["shape"][1]
     test, train = (pictures.load(given.data, split=part, size=side) for part in ("test", "train"))
     texts = test.condition(slice(None)).text
-    distance = common.Distance(test.images)
+    distance = common.Distance(test)
 
     unseen = json.loads((given.data / "unseen.json").read_text())
     order = np.random.default_rng(0).permutation(len(unseen))[: given.pairs]
