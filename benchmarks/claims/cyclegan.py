@@ -121,7 +121,7 @@ def measure(
 def main() -> None:
     parser = common.options(__doc__)
     parser.add_argument(
-        "--images", type=int, default=8_000, help="training pictures of each designer"
+        "--images", type=int, default=20_000, help="training pictures of each designer"
     )
     parser.add_argument("--size", type=int, default=32, help="side of the pictures")
     parser.add_argument("--seed", type=int, default=0)
