@@ -391,8 +391,8 @@ def test_preservation_refuses_what_it_cannot_draw(data, plain, first, tmp_path):
     start = _first("ddpm", data, tmp_path)  # knows no classes
     with pytest.raises(UserError, match="has classes and the model to begin with knows none"):
         fit(data, tmp_path / "a", name="ddpm", init=start, tune={"preserve": 2})
-    start = _first("vae", data, tmp_path)
-    fit(plain, tmp_path / "c", name="vae", init=start, tune={"preserve": 2})
+    start = _first("dcgan", data, tmp_path)
+    fit(plain, tmp_path / "c", name="dcgan", init=start, tune={"preserve": 2})
     assert preservation.kept(tmp_path / "c", plain).label is None
     with pytest.raises(UserError, match="no room for a drawn picture"):
         fit(plain, tmp_path / "b", "train.batch=1", init=first, tune={"preserve": 2})
