@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from trilemma import checkpoint, recipe
 from trilemma.conditioning import source_of
@@ -71,7 +72,8 @@ def join(
 
 def _check_clip(model: UnCLIP, prior: str | Path, decoder: str | Path) -> None:
     """Raise UserError unless prior and decoder were trained over one CLIP."""
-    ours, theirs = (clip_of(part).state_dict() for part in (model.prior, model.decoder))  # type: ignore[attr-defined]
+    clips = [cast(nn.Module, clip_of(part)) for part in (model.prior, model.decoder)]
+    ours, theirs = (clip.state_dict() for clip in clips)
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise UserError(
             f"{prior} and {decoder} were trained over different CLIPs, so one draws embeddings "

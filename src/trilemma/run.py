@@ -69,6 +69,10 @@ class Run:
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         for part in model.training_only:
             setattr(self.average, part, None)
+        own = dict(model.named_parameters())
+        pairs = [(mean, own[name]) for name, mean in self.average.named_parameters()]
+        self._means: list[Tensor] = [mean for mean, value in pairs if value.requires_grad]
+        self._values: list[Tensor] = [value for _, value in pairs if value.requires_grad]
         self.optimizers = {phase.name: self._optimizer(phase) for phase in self.phases}
         self.rates = {
             name: [group["lr"] for group in optimizer.param_groups]
@@ -102,9 +106,8 @@ class Run:
         """Move the averaged weights by an exponential average with a half-life in images."""
         halflife = min(self.settings.ema_halflife, self.progress.seen * self.settings.ema_rampup)
         weight = 1.0 - 0.5 ** (images / halflife) if halflife else 1.0
-        learned, kept = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-        means = dict(self.average.named_parameters())
-        torch._foreach_lerp_(list(means.values()), [learned[name] for name in means], weight)
+        torch._foreach_lerp_(self._means, self._values, weight)
+        kept = dict(self.model.named_buffers())
         for name, mean in self.average.named_buffers():
             mean.copy_(kept[name])
 

@@ -88,6 +88,16 @@ class Tokenizer:
         return text.replace("</w>", " ").strip()
 
 
+def vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """Return CLIP's tokens by their numbers, and the pairs that merge, the first first."""
+    packed = resources.files("trilemma") / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
+    letters = _letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    return [*words, "<|startoftext|>", "<|endoftext|>"], merges
+
+
 @lru_cache
 def _library() -> tokenizers.Tokenizer:
     """Build CLIP's tokenizer of the packaged merges."""
@@ -95,12 +105,7 @@ def _library() -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Library
     from tokenizers.models import BPE
 
-    packed = resources.files("trilemma") / "assets" / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]
-    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
-    letters = _letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
+    words, merges = vocabulary()
     made = Library(
         BPE(
             vocab={word: number for number, word in enumerate(words)},

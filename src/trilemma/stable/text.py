@@ -12,9 +12,7 @@ Towers and tokenizers are those of `transformers`.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +22,7 @@ from torch import Tensor, nn
 from trilemma.errors import UserError
 from trilemma.networks.layers import Embedded
 from trilemma.stable import loading
-
-MERGES = 49152 - 256 - 2
+from trilemma.tokenizer import vocabulary
 
 
 class Tower(NamedTuple):
@@ -131,19 +128,10 @@ def own_tokenizer(pad: str = "<|endoftext|>") -> Any:
         pad: the token that fills up: the end's in version 1, "!" (token 0) in OpenCLIP's towers.
     """
     library = transformers("a single file")
-    packed = (
-        resources.files("trilemma").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    )
-    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : MERGES + 1]
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    letters = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(rest))]
-    merged = ["".join(line.split()) for line in lines]
-    words = [*letters, *(letter + "</w>" for letter in letters), *merged]
-    words += ["<|startoftext|>", "<|endoftext|>"]
+    words, merges = vocabulary()
     return library.CLIPTokenizer(
         vocab={word: i for i, word in enumerate(words)},
-        merges=[tuple(line.split()) for line in lines],
+        merges=merges,
         pad_token=pad,
     )
 
