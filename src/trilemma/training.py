@@ -166,7 +166,7 @@ def train(
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
     if resume:
-        run.restore(keep_length=length is None)
+        notes += run.restore(keep_length=length is None)
     elif (out / "training").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
@@ -257,7 +257,7 @@ def loop(
     try:
         for note in [*notes, *([_skipped(run.data)] if run.data.skipped else [])]:
             log.say(note)
-        if first and progress.step == 0:
+        if first:
             run.write_recipe()
         if progress.step == 0:
             run.save()
