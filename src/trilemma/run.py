@@ -26,6 +26,7 @@ from trilemma.settings import SCHEDULES, Length, Progress, Settings
 UNLIKE = ("about", "run.data", "run.length")  # of a recipe, what may differ when a run goes on,
 FREE = ("compile", "grids", "log_every", "save_every", "watches")  # and of [train], which is told
 
+
 class Run:
     """What the training loop moves, and what a checkpoint holds.
 
