@@ -53,6 +53,7 @@ def test_later():
         ({"schedule": {"type": "diffusion.schedules.Straight"}, "target": "straight"}, "Straight"),
         ({"network": {"channels": 32}}, r"\[8, 16\] groups"),
         ({"network": {"resample": "biggan"}}, "resamples in blocks"),
+        ({"network": {"multipliers": [1, 1, 1, 1, 1, 1]}}, "cannot halve 16x16"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, told):

@@ -200,7 +200,7 @@ def test_two_processes_read_one_file(stage, folder, tmp_path):
     name, changes = using(stage)
     sets = [*tiny.overrides(name), "train.log_every=1", "train.precision=fp32", *changes]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    torchrun += ["--master_addr=127.0.0.1", "--master_port=29618", "-m", "trilemma"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}", "-m", "trilemma"]
     for out, launch in (("one", ["-m", "trilemma"]), ("two", torchrun)):
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / out)}
         command = [sys.executable, *launch, "train", name, "--data", str(folder), "--steps", "12"]

@@ -18,6 +18,7 @@ import tiny
 from trilemma import checkpoint, device, training
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
+from trilemma.settings import Settings
 
 NAME = "ddpm"
 
@@ -36,6 +37,14 @@ def fit(data, out, *changes, **options):
     options = {"seed": 3, "quiet": True, **options}
     overrides = [*tiny.overrides(NAME), *changes]
     return training.train(NAME, data, out=out, overrides=overrides, **options)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "seen", "done", "rate"),
+    [(100, 30, 0.05, 0.3), (100, 30, 0.1, 0.5), (100, 30, 0.5, 1.0), (0, 0, 0.0, 1.0)],
+)
+def test_a_warmup_ends_at_the_latest_after_a_fifth_of_the_training(warmup, seen, done, rate):
+    assert Settings(warmup=warmup).rate(seen, done) == pytest.approx(rate)
 
 
 def log(out):
@@ -210,7 +219,7 @@ def environment(tmp_path):
 
 def test_two_processes_give_the_losses_of_one(folder, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
-    torchrun += ("--master_addr=127.0.0.1", "--master_port=29617", "-m", "trilemma")
+    torchrun += ("--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}", "-m", "trilemma")
     more = ["--steps", "4", "--set", "train.log_every=1", "--set", "train.precision=fp32"]
     environ = environment(tmp_path)
     one = command(folder, tmp_path / "one", *more)

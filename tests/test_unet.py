@@ -130,12 +130,24 @@ def test_other_sizes_than_the_trained_one():
     assert network(torch.randn(1, 3, 12, 16), torch.rand(1)).shape == (1, 3, 12, 16)
 
 
-@pytest.mark.parametrize("size", [28, 3])
-def test_an_unusable_size_names_usable_ones(size):
-    with pytest.raises(ValueError, match=r"multiples of 8; use (24 or 32|8)$"):
-        UNet(3, 3, size=size)
-    with pytest.raises(ValueError, match="multiples of 2"):
-        small()(torch.randn(1, 3, 7, 8), torch.rand(1))
+@pytest.mark.parametrize("options", [{}, ADM, {"patch": 2}])
+def test_sides_that_cannot_be_halved_are_continued_by_their_last_pixels(options):
+    network = small(**options)
+    torch.nn.init.normal_(network.conv_out.weight)
+    m = network.multiple
+    x, time = torch.randn(1, 3, 2 * m - 1, m + 1), torch.rand(1)
+    whole = torch.cat([x, x[:, :, -1:]], dim=2)
+    whole = torch.cat([whole, whole[..., -1:].expand(-1, -1, -1, m - 1)], dim=3)
+    drawn = network(x, time)
+    assert drawn.shape == x.shape
+    torch.testing.assert_close(drawn, network(whole, time)[..., : 2 * m - 1, : m + 1])
+
+
+def test_attention_is_at_the_size_that_continued_pictures_have():
+    told = [
+        level.attention is not None for level in UNet(1, 1, size=28).down if hasattr(level, "block")
+    ]
+    assert told == [False, False, True, True, False, False, False, False]
 
 
 def test_bfloat16_and_channels_last_agree_with_float32():

@@ -305,7 +305,7 @@ def test_two_processes_keep_the_codebook_of_one(tmp_path):
     sets = [w for change in tiny.overrides("vqvae") for w in ("--set", change)]
     sets += ["--set", "train.precision=fp32"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    torchrun += ["--master_addr=127.0.0.1", "--master_port=29619", "-m", "trilemma"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}", "-m", "trilemma"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for name, prefix in (("one", [sys.executable, "-m", "trilemma"]), ("two", torchrun)):
         words = ["train", "vqvae", "--data", folder, "--out", str(tmp_path / name), "--steps", "2"]

@@ -62,6 +62,9 @@ def to_diffusers(trained: Trained, out: str | Path) -> Path:
         raise _unfit(trained, "it draws latents, scales its input or learns variances")
     if type(model.conditioner) is not Labels:
         raise _unfit(trained, f"it is told {type(model.conditioner).__name__}, not labels")
+    height, width = trained.data["shape"][1:]
+    if height % network.multiple or width % network.multiple:
+        raise _unfit(trained, f"diffusers cannot halve {height}x{width} as often as it does")
     weights, config = _network(trained, network)
     table = model.conditioner.table
     if table is not None:

@@ -21,7 +21,7 @@ from trilemma.model import Model, Phase
 from trilemma.networks import lora
 from trilemma.optim import OPTIMIZERS
 from trilemma.sampling import Trained
-from trilemma.settings import SCHEDULES, Length, Progress, Settings
+from trilemma.settings import Length, Progress, Settings
 
 UNLIKE = ("about", "run.data", "run.length")  # of a recipe, what may differ when a run goes on,
 FREE = ("compile", "grids", "log_every", "save_every", "watches")  # and of [train], which is told
@@ -100,9 +100,7 @@ class Run:
 
     def rate(self, done: float) -> float:
         """Return the factor on every learning rate when `done` of the run is done."""
-        warmup = self.settings.warmup
-        rise = min(1.0, (self.progress.seen + self.settings.batch) / warmup) if warmup else 1.0
-        return rise * SCHEDULES[self.settings.schedule](done)
+        return self.settings.rate(self.progress.seen + self.settings.batch, done)
 
     @torch.no_grad()
     def update_average(self, images: int) -> None:

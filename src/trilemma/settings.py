@@ -17,7 +17,8 @@ class Settings:
         images: length of training when the user gives none.
         accumulate: parts a process cuts its batch into, to save memory.
         clip: largest norm of a phase's gradient; 0 does not clip.
-        warmup: images over which the learning rate rises from 0.
+        warmup: images over which the learning rate rises from 0; at most a fifth of training, lest
+            a short budget end in it.
         schedule: `constant`, or `linear` or `cosine` to 0 at the end of training, or `linear-half`:
             constant for the first half, then linear to 0.
         ema_halflife: images after which an old weight counts half in the average; 0 for none.
@@ -60,7 +61,13 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
+    def rate(self, seen: int, done: float) -> float:
+        """Return the factor on every learning rate after so many images and share of training."""
+        rise = seen / self.warmup if self.warmup else 1.0
+        return min(1.0, max(rise, done / LONGEST_WARMUP)) * SCHEDULES[self.schedule](done)
 
+
+LONGEST_WARMUP = 0.2
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,

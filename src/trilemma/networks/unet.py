@@ -19,6 +19,9 @@ section 3: the second normalisation of each residual block is scaled and shifted
 
 and levels are joined by residual blocks whose two branches are both resampled, as in BigGAN.
 
+Pictures whose sides cannot be halved so often are continued at the right and lower edge by their
+last pixels, up to the next size that can, and cut again at the end.
+
 With `cross` each attention to the places is followed by one to the tokens of a caption: Rombach et
 al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
 """
@@ -220,7 +223,6 @@ class UNet(nn.Module):
             if said not in known:
                 raise ValueError(f"{what} '{said}' is not one of {', '.join(known)}")
         self.multiple = patch * 2 ** (len(multipliers) - 1)
-        self._check_size(size, size)
         self.in_channels, self.channels, self.patch = in_channels, channels, patch
         self.embedding_dim, self.cross = embedding_dim or 4 * channels, cross
         self.time = nn.Sequential(
@@ -252,7 +254,7 @@ class UNet(nn.Module):
         def up(width: int) -> nn.Module:
             return level(width, width, False, _double) if resample == "biggan" else Upsample(width)
 
-        width, resolution = channels, size // patch
+        width, resolution = channels, (size + -size % self.multiple) // patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
         skips = [width]
         self.down = nn.ModuleList()
@@ -278,29 +280,21 @@ class UNet(nn.Module):
         self.norm_out = _norm(width)
         self.conv_out = _zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
 
-    def _check_size(self, height: int, width: int) -> None:
-        if height % self.multiple or width % self.multiple:
-            m = self.multiple
-            usable = sorted({max(m, n // m * m) for n in (height, height + m, width, width + m)})
-            raise ValueError(
-                f"images of {height}x{width} cannot pass through this U-Net: sizes must be"
-                f" multiples of {m}; use {' or '.join(map(str, usable))}"
-            )
-
     def forward(self, x: Tensor, time: Tensor, embedded: Embedded | None = None) -> Tensor:
         """Map images x (B, C, H, W) at times (B,) in [0, 1] to (B, out_channels, H, W).
 
         Raises:
-            ValueError: sides that do not fit, or tokens without `cross`, or the other way round.
+            ValueError: tokens without `cross`, or the other way round.
         """
         embedded = embedded or Embedded()
         check_tokens(embedded, self.cross)
-        self._check_size(x.shape[-2], x.shape[-1])
+        height, width = x.shape[-2:]
         e = self.time(sinusoidal(1000 * time, self.channels))  # (B, D)
         if embedded.vector is not None:
             e = e + embedded.vector
         if embedded.image is not None:
             x = torch.cat([x, embedded.image], dim=1)
+        x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
         e = F.silu(e)
         x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [x]
@@ -317,4 +311,4 @@ class UNet(nn.Module):
             else:
                 x = module(x, e, embedded)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x, self.patch)
+        return F.pixel_shuffle(x, self.patch)[..., :height, :width]
