@@ -74,6 +74,7 @@ class Diffusion(Model):
         pairing: of noise with pictures: independent, or optimal (see `diffusion.pairing`).
         learn_variance: the network says the variance of a step too, in as many channels again.
         dequantise: spread the pictures' levels over their cells, so that they have a density.
+        scale_input: bring what the network sees to unit variance, c_in; else it sees x_t.
         objective: what is learned instead of denoising: consistency, or a teacher's steps.
 
     Attributes:
@@ -98,6 +99,7 @@ class Diffusion(Model):
         pairing: str = "independent",
         learn_variance: bool = False,
         dequantise: bool = False,
+        scale_input: bool = True,
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
@@ -113,6 +115,7 @@ class Diffusion(Model):
         self.uncertainty = uncertainty
         self.pair = PAIRINGS[_known("pairing", pairing, PAIRINGS)]
         self.learn_variance, self.dequantise = learn_variance, dequantise
+        self.scale_input = scale_input
         self.objective = objective
         self.share: Tensor | None = None
         self.steps = self.times.steps if isinstance(self.times, Uniform) else None
@@ -177,7 +180,7 @@ class Diffusion(Model):
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
     ) -> tuple[Tensor, Tensor | None]:
         """Return F (B, ...), and the share (B, ...) of the large variance if it is learned."""
-        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
+        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt() if self.scale_input else 1.0
         output = self.network(scale * x, t, embedded).to(x.dtype)
         if not self.learn_variance:
             return output, None

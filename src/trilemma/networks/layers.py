@@ -112,18 +112,24 @@ class GroupNorm(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The time (B,) in [0, 1] by sines and cosines and a perceptron: (B, dim)."""
+    """The time (B,) in [0, 1] by sines and cosines and a perceptron: (B, dim).
+
+    Args:
+        dim: of what is made.
+        period: see `sinusoidal`.
+    """
 
     FEATURES = 256
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, period: float = 10_000.0) -> None:
         super().__init__()
+        self.period = period
         self.up = nn.Linear(self.FEATURES, dim)
         self.down = nn.Linear(dim, dim)
 
     def forward(self, time: Tensor) -> Tensor:
         """Map times (B,) to (B, dim)."""
-        return self.down(F.silu(self.up(sinusoidal(1000 * time, self.FEATURES))))
+        return self.down(F.silu(self.up(sinusoidal(1000 * time, self.FEATURES, self.period))))
 
 
 class Modulation(nn.Module):
