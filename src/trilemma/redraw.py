@@ -31,10 +31,11 @@ from trilemma.data import Dataset
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
+from trilemma.drawing import grid
 from trilemma.edit import BATCH, Track, check, inference
 from trilemma.errors import UserError
 from trilemma.model import HasRedrawing
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 SHOWN = 16  # pictures on a sheet
 

@@ -25,13 +25,13 @@ from trilemma import (
     checkpoint,
     device,
     distributed,
+    drawing,
     edit,
     finetune,
     latents,
     preservation,
     recipe,
     redraw,
-    sampling,
     signals,
     translation,
     upscale,
@@ -438,9 +438,9 @@ def _draw_grid(run: Run) -> None:
         columns, texts = (10 if trained.conditional else 8), trained.texts(n, None)
         images = trained.sample(n)
         if texts is not None:
-            sheet = sampling.captioned(images, texts, columns)
+            sheet = drawing.captioned(images, texts, columns)
         else:
-            sheet = sampling.grid(images, columns)
+            sheet = drawing.grid(images, columns)
     sheet.save(folder / f"{run.progress.seen:09d}.png")
 
 

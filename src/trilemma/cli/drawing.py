@@ -152,7 +152,7 @@ def sample(
     }
     from rich.progress import track
 
-    from trilemma import sampling
+    from trilemma import drawing, sampling
     from trilemma.stable import load as checkpoints
 
     texts = [*(text or []), *(lines(text_file) if text_file else [])]
@@ -172,7 +172,7 @@ def sample(
         if texts or text_file is not None:
             chosen["text"] = texts
         n = n or (64 if not texts else 16 if len(texts) == 1 else len(texts))
-        paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
+        paths = drawing.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})

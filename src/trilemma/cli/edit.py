@@ -36,7 +36,7 @@ def edit_reconstruct(
     """Encode pictures and decode them: what the model keeps. The sheet shows both, side by side."""
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
@@ -44,7 +44,7 @@ def edit_reconstruct(
     facts = {"edit": "reconstruct", "pictures": names}
     paths = edit.save(trained, made, out, facts, columns=8)
     pairs = torch.stack([images, made], 1).flatten(0, 1)
-    sampling.grid(pairs[:128], 8).save(paths[-1])
+    drawing.grid(pairs[:128], 8).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -116,7 +116,7 @@ def edit_complete(
     """
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
 
     share = upper_part(keep)
     trained = sampling.load(run, device)
@@ -129,7 +129,7 @@ def edit_complete(
     given = images.clone()
     given[:, :, round(share * images.shape[2]) :] = 128
     rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -154,7 +154,7 @@ def edit_denoise(
     """Remove Gaussian noise. The sheet shows each picture with its noise and without."""
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
     from trilemma.metrics.restoration import psnr
 
     trained = sampling.load(run, device)
@@ -165,7 +165,7 @@ def edit_denoise(
     paths = edit.save(trained, made, out, facts, columns=8)
     shown = [noisy, made] if noise is None else [images, noisy, made]
     sheet = torch.stack(shown, 1).flatten(0, 1)
-    sampling.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
+    drawing.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
     told = {}
     if noise is not None:
         before, after = (float(psnr(each, images).mean()) for each in (noisy, made))
@@ -224,7 +224,7 @@ def edit_vary(
     """
     import torch
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
@@ -236,7 +236,7 @@ def edit_vary(
     facts |= {**said, "sample": redraw.told(trained, chosen, **said)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     rows = torch.cat([images[:, None], made], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -271,7 +271,7 @@ def edit_inpaint(
     """
     import torch
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
@@ -285,7 +285,7 @@ def edit_inpaint(
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = torch.where(hidden, 128, images)
     rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -349,7 +349,7 @@ def edit_repair(
     import torch
     import torch.nn.functional as F
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw, sampling
 
     trained = sampling.load(run, device)
     part = redraw.source(trained)
@@ -363,7 +363,7 @@ def edit_repair(
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
     rows = torch.cat([given[:, None], made], 1)[:64]
-    sampling.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -386,7 +386,7 @@ def edit_variations(
     """
     import torch
 
-    from trilemma import edit, sampling, variation
+    from trilemma import drawing, edit, sampling, variation
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
@@ -395,7 +395,7 @@ def edit_variations(
     facts: dict[str, Any] = {"edit": "variations", "pictures": names, "seed": seed}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     rows = torch.cat([images[:, None], made], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
     wrote(paths, as_json)
 
 
