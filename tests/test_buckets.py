@@ -5,11 +5,14 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pictures
-from trilemma import data
+import tiny
+from trilemma import cli, codecs, data, latents, sampling, training
 from trilemma.data import buckets
+from trilemma.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +125,115 @@ def test_check_tells_the_buckets(tmp_path):
     assert report["buckets"]["sizes"]["512x512"] == 12
     assert report["sizes"]["200x100"] == 7  # turned upright
     assert "finetune --buckets" in data.describe(report)
+
+
+def sets():
+    draw = np.random.default_rng(0)
+    shapes = [(7, 16, 16), (5, 8, 32)]
+    return [
+        data.Dataset("p", "train", f"{h}", draw.integers(0, 256, (n, 3, h, w), np.uint8))
+        for n, h, w in shapes
+    ]
+
+
+def test_batches_are_of_one_size_and_go_on_where_they_stopped():
+    kept = [np.arange(2 * n).reshape(2, n) for n in (7, 5)]
+    whole = data.bucketed(sets(), 4, seed=3, flip=True, kept=kept)
+    first = [next(whole) for _ in range(12)]
+    again = data.bucketed(sets(), 4, seed=3, start=5 * 4, flip=True, kept=kept)
+    for before, batch in zip(first[5:], again, strict=False):
+        assert torch.equal(before.image, batch.image) and before.seen == batch.seen
+        assert torch.equal(before.rng.seeds, batch.rng.seeds)
+        assert torch.equal(before.kept, batch.kept)
+    assert {tuple(batch.image.shape) for batch in first} == {(4, 3, 16, 16), (4, 3, 8, 32)}
+    assert sum(batch.image.shape[3] == 32 for batch in first) == 5  # of 12 batches of 4
+    seeds = torch.cat([batch.rng.seeds for batch in first])
+    assert len(seeds.unique()) == len(seeds)
+    halves = [
+        data.bucketed(sets(), 4, seed=3, flip=True, kept=kept, rank=r, world=2) for r in (0, 1)
+    ]
+    for batch, one, two in zip(first, *halves, strict=False):
+        assert torch.equal(batch.image, torch.cat([one.image, two.image]))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("photos") / "p")
+
+
+@pytest.fixture(scope="module")
+def stage(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stage") / "run"
+    training.train(
+        "kl-f4", photos, out=out, size=16, steps=1, quiet=True, overrides=tiny.overrides("kl-f4")
+    )
+    return out
+
+
+def fit(name, photos, stage, out, *changes, **options):
+    changes = [*tiny.overrides(name), f'model.codec.stage.path="{stage}"', *changes]
+    changes += ["data.multiple=8", "data.buckets=true", "train.log_every=1", "train.batch=5"]
+    options = {"size": 16, "steps": 5, "quiet": True, **options}
+    return training.train(name, photos, out=out, overrides=changes, **options)
+
+
+def test_a_model_of_latents_learns_from_several_sizes(photos, stage, tmp_path, monkeypatch):
+    seen, encoded = [], codecs.encoded
+
+    def watched(codec, batch):
+        x0 = encoded(codec, batch)
+        seen.append(tuple(x0.shape))
+        return x0
+
+    monkeypatch.setattr("trilemma.models.diffusion.encoded", watched)
+    whole = fit("text-latent", photos, stage, tmp_path / "whole", steps=6)
+    assert len({shape[2:] for shape in seen}) > 1 and {shape[:2] for shape in seen} == {(5, 4)}
+    fit("text-latent", photos, stage, tmp_path / "parts", steps=3)
+    parts = fit("text-latent", photos, stage, tmp_path / "parts", steps=6, resume=True)
+    pairs = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    loaded = sampling.load(tmp_path / "parts")
+    assert loaded.sample(1, text="picture", steps=2, size=[8, 32]).shape == (1, 3, 8, 32)
+    assert loaded.sample(1, text="picture", steps=2).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="9 x 16 have no latents of a 4th"):
+        loaded.sample(1, text="picture", steps=2, size=[9, 16])
+
+
+def test_latents_of_each_size_are_kept(photos, stage, tmp_path, monkeypatch):
+    made, keep = [], latents.keep
+
+    def watched(*arguments):
+        made.append(keep(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(latents, "keep", watched)
+    fit("latent-dit", photos, stage, tmp_path / "run", steps=8)
+    shapes = {kept.shape[2:] for kept in made}
+    assert len(shapes) == len(made) > 1 and sum(kept.shape[1] for kept in made) == len(
+        data.load(photos, size=16)
+    )
+
+
+def test_what_takes_no_sizes_is_told(photos, tmp_path):
+    changes = [*tiny.overrides("quick-gan"), "data.buckets=true"]
+    with pytest.raises(UserError, match="buckets is for diffusion models .* quick-gan"):
+        training.train("quick-gan", photos, out=tmp_path, steps=1, overrides=changes, quiet=True)
+
+
+def test_sizes_from_the_command_line(photos, stage, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["trilemma", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+
+    changes = [*tiny.overrides("latent-diffusion"), f'model.codec.stage.path="{stage}"']
+    changes += ["data.multiple=8", "train.batch=4"]
+    asked = [word for change in changes for word in ("--set", change)]
+    call("train", "latent-diffusion", "--data", photos, "--size", 16, "--steps", 2, "--buckets",
+         "--out", out, *asked)  # fmt: skip
+    call("sample", out, "-n", 1, "--size", "32x8", "--steps", 2, "--out", out / "drawn")
+    picture = Image.open(out / "drawn" / "00000.png")
+    assert picture.size == (32, 8) and "Size: 32x8" in picture.text["parameters"]

@@ -133,13 +133,14 @@ def _metadata(trained: Trained, facts: dict[str, Any]) -> PngImagePlugin.PngInfo
     info = PngImagePlugin.PngInfo()
     info.add_text("trilemma", json.dumps(facts))
     grid = facts["sample"].get("grid")
+    height, width = facts["sample"].get("size") or trained.data["shape"][1:]
     said = {
         "Steps": facts["sample"].get("steps"),
         "Sampler": facts["sample"].get("solver"),
         "Schedule type": grid if grid is None or isinstance(grid, str) else "tuned",
         "CFG scale": facts["sample"].get("guidance"),
         "Seed": facts["seed"],
-        "Size": "{2}x{1}".format(*trained.data["shape"]),
+        "Size": f"{width}x{height}",
         "Model": trained.name,
     }
     line = ", ".join(f"{key}: {value}" for key, value in said.items() if value is not None)

@@ -65,7 +65,7 @@ def sample(
     picture_size: Annotated[
         str | None,
         typer.Option(
-            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="the checkpoint's own"
+            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="as it was trained on"
         ),
     ] = None,
     attributes: Annotated[
@@ -156,10 +156,11 @@ def sample(
     from trilemma.stable import load as checkpoints
 
     texts = [*(text or []), *(lines(text_file) if text_file else [])]
-    of_pictures = {"image": image, "strength": strength, "mask": mask, "size": picture_size}
+    of_pictures = {"image": image, "strength": strength, "mask": mask}
     if checkpoints.recognises(run):
         n = n or 1
         chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_pictures}
+        chosen["size"] = picture_size
         chosen["text"] = texts
         paths = _checkpoint(run, out, n, seed, batch or 1, device, chosen)
     else:
@@ -167,6 +168,8 @@ def sample(
             if value is not None:
                 raise UserError(f"{run} is a run, which --{name} says nothing to; leave it out")
         trained = sampling.load(run, device, lora or ())
+        if picture_size is not None:
+            chosen["size"] = list(pixels(picture_size)[::-1])  # height and width
         if attributes is not None:
             chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
         if texts or text_file is not None:

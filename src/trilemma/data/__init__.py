@@ -18,7 +18,7 @@ from PIL import ImageColor
 
 from trilemma.data.cache import Settings, open_cache
 from trilemma.data.check import check, describe
-from trilemma.data.dataset import Dataset, batches
+from trilemma.data.dataset import Dataset, batches, bucketed
 from trilemma.data.decode import decode
 from trilemma.data.listing import Unusable
 from trilemma.data.named import NAMES, find
@@ -26,7 +26,17 @@ from trilemma.errors import UserError
 
 Read = Callable[[], bytes | np.ndarray]
 
-__all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load", "load_buckets", "pictures"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "batches",
+    "bucketed",
+    "check",
+    "describe",
+    "load",
+    "load_buckets",
+    "pictures",
+]
 
 
 def load(

@@ -67,6 +67,14 @@ def check_shape(what: str, tensor: Tensor, *shape: int) -> None:
         )
 
 
+def check_channels(what: str, tensor: Tensor, channels: int) -> None:
+    """Raise ValueError when a batch of `what` is not of shape (B, channels, h, w), h and w any."""
+    if tensor.ndim != 4 or tensor.shape[1] != channels:
+        raise ValueError(
+            f"{what} of shape {tuple(tensor.shape)} were given; expected (B, {channels}, h, w)"
+        )
+
+
 def check_tokens(embedded: Embedded, crosses: bool) -> None:
     """Raise ValueError when there are tokens and nothing attends to them, or the other way round.
 
