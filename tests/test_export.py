@@ -43,7 +43,12 @@ LATENTS = {
             "type": "models.first_stage.AutoencoderKL",
             "encoder": {"type": "networks.kl_autoencoder.StageEncoder", "latent": 8, **STAGE},
             "decoder": {"type": "networks.kl_autoencoder.StageDecoder", "latent": 4, **STAGE},
-            "critic": {"type": "networks.patchgan.Critic", "shape": [3, 16, 16], "channels": 8},
+            "critic": {
+                "type": "networks.patchgan.Critic",
+                "shape": [3, 16, 16],
+                "channels": 8,
+                "depth": 1,
+            },
             "weights": "none",
         },
     },

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ CLASSES = 1000  # of DiTPipeline
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a pipeline: its class, its weights by name, the config that says what it is."""
+    """A part of a pipeline: its class, its weights by name, the config that says how it is made."""
 
     kind: str
     weights: Mapping[str, Tensor]
@@ -88,44 +88,48 @@ def to_diffusers(trained: Trained, out: str | Path) -> Path:
     shift = 0 if isinstance(model.schedule, Straight) else 1
     told = {"sample_size": model.codec.shape[1]}
     told |= dict.fromkeys(("in_channels", "out_channels"), model.codec.shape[0])
-    parts: dict[str, Part] = {}
-    index: dict[str, Any] = {}
+    index: dict[str, Any] = {"_class_name": "DDPMPipeline"}
     if isinstance(model.network, UNet):
-        weights, config = _unet(trained, model.network, shift)
+        weights, config = _unet(trained, model.network, model.codec.shape[1:], shift)
         table = model.conditioner.table
         if table is not None:
             weights["class_embedding.weight"] = table.weight
             config["num_class_embeds"] = len(table.weight)
-        parts["unet"] = Part("UNet2DModel", weights, config | told)
+        parts = {"unet": Part("UNet2DModel", weights, config | told)}
     elif isinstance(model.network, DiT):
         weights, config = _dit(trained, model.network, model.conditioner, shift)
-        parts["transformer"] = Part("DiTTransformer2DModel", weights, config | told)
+        parts = {"transformer": Part("DiTTransformer2DModel", weights, config | told)}
         names = trained.data["label_names"]
         index["id2label"] = {str(i): name for i, name in enumerate(names)}
     else:
         kind = type(model.network).__name__
         raise _unfit(trained, f"its network is a {kind}, not a UNet or a DiT")
-    pipeline = "DDPMPipeline"
     if isinstance(model.codec, Latents):
         pipeline, place = ("LDMPipeline", "vqvae") if "unet" in parts else ("DiTPipeline", "vae")
+        index["_class_name"] = pipeline
         parts[place] = _autoencoder(trained, model.codec)
     elif type(model.codec) is not Pixels or "transformer" in parts:
-        raise _unfit(trained, "diffusers draws with a DiT latents alone, and with a UNet pixels or "
-                     "latents")  # fmt: skip
-    index |= {name: ["diffusers", part.kind] for name, part in parts.items()}
-    index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "_class_name": pipeline}
-    for name, part in parts.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
-        plain = {key: tensor.detach().float().cpu() for key, tensor in part.weights.items()}
-        plain = {key: tensor.clone().contiguous() for key, tensor in plain.items()}
-        temporary = out / name / ".weights.tmp"
-        save_file(plain, temporary, metadata={"format": "pt"})
-        checkpoint.replace(temporary, out / name / "diffusion_pytorch_model.safetensors")
-        _write(out / name / "config.json", {"_class_name": part.kind, **part.config})
-    (out / "scheduler").mkdir(exist_ok=True)
-    _write(out / "scheduler" / "scheduler_config.json", scheduler)
-    _write(out / "model_index.json", index)
+        raise _unfit(trained, "diffusers draws latents alone with a DiT, and pixels with a UNet")
+    parts["scheduler"] = scheduler
+    _save(out, parts, index)
     return out
+
+
+def _save(out: Path, parts: Mapping[str, Part], index: Mapping[str, Any]) -> None:
+    """Write the folder of a pipeline: a folder for each part, and the index of them."""
+    for name, part in parts.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if part.weights:
+            plain = {key: tensor.detach().float().cpu() for key, tensor in part.weights.items()}
+            plain = {key: tensor.clone().contiguous() for key, tensor in plain.items()}
+            temporary = folder / ".weights.tmp"
+            save_file(plain, temporary, metadata={"format": "pt"})
+            checkpoint.replace(temporary, folder / "diffusion_pytorch_model.safetensors")
+        config = "config" if part.weights else "scheduler_config"
+        _write(folder / f"{config}.json", {"_class_name": part.kind, **part.config})
+    listed = {name: ["diffusers", part.kind] for name, part in parts.items()}
+    _write(out / "model_index.json", {**index, **listed})
 
 
 def _write(path: Path, told: Mapping[str, Any]) -> None:
@@ -133,8 +137,8 @@ def _write(path: Path, told: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def _scheduler(trained: Trained, model: Diffusion) -> dict[str, Any]:
-    """Return the config of the scheduler that steps as the model does."""
+def _scheduler(trained: Trained, model: Diffusion) -> Part:
+    """Return the scheduler that steps as the model does; it has no weights."""
     schedule, latents = model.schedule, isinstance(model.codec, Latents)
     target = trained.recipe["model"].get("target", "noise")
     betas = (
@@ -155,7 +159,7 @@ def _scheduler(trained: Trained, model: Diffusion) -> dict[str, Any]:
                 "train with --set model.scale_input=false",
             )
         kind = "FlowMatchEulerDiscreteScheduler"
-        return {"_class_name": kind, "num_train_timesteps": STEPS, "shift": 1.0}
+        return Part(kind, {}, {"num_train_timesteps": STEPS, "shift": 1.0})
     if not isinstance(schedule, Betas):
         raise _unfit(trained, f"its schedule is {type(schedule).__name__}, not one of betas")
     if target not in PREDICTIONS:
@@ -170,8 +174,8 @@ def _scheduler(trained: Trained, model: Diffusion) -> dict[str, Any]:
         "clip_sample": not latents,
     }
     if latents:
-        return {"_class_name": "DDIMScheduler", "set_alpha_to_one": True, **told}
-    return {"_class_name": "DDPMScheduler", "variance_type": "fixed_small", **told}
+        return Part("DDIMScheduler", {}, {**told, "set_alpha_to_one": True})
+    return Part("DDPMScheduler", {}, {**told, "variance_type": "fixed_small"})
 
 
 def _autoencoder(trained: Trained, codec: Latents) -> Part:
@@ -283,10 +287,12 @@ def _unfit(trained: Trained, why: str) -> UserError:
     )
 
 
-def _unet(trained: Trained, network: UNet, shift: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _unet(
+    trained: Trained, network: UNet, sides: Sequence[int], shift: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a U-Net's weights under diffusers' names, and the config that says what it is."""
     told = trained.recipe["model"]["network"]
-    height, width = trained.model.codec.shape[1:]
+    height, width = sides
     if height % network.multiple or width % network.multiple:
         raise _unfit(trained, f"diffusers cannot halve {height}x{width} as often as it does")
     norm_out = network.norm_out

@@ -228,7 +228,12 @@ def edit_vary(
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, "negative": negative}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "negative": negative,
+    }
     chosen |= options(option or [])
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.vary(trained, images, strength, n, seed=seed, **said, track=track, **chosen)
@@ -276,7 +281,12 @@ def edit_inpaint(
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
     hidden = redraw.read_mask(mask, pictures, images.shape[2])
-    chosen = {"steps": steps, "resample": resample, "guidance": guidance, "negative": negative}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "resample": resample,
+        "guidance": guidance,
+        "negative": negative,
+    }
     chosen |= options(option or [])
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.inpaint(trained, images, hidden, n, seed=seed, **said, track=track, **chosen)
@@ -315,7 +325,12 @@ def edit_outpaint(
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen = {"steps": steps, "resample": resample, "guidance": guidance, "negative": negative}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "resample": resample,
+        "guidance": guidance,
+        "negative": negative,
+    }
     chosen |= options(option or [])
     said: dict[str, Any] = {"label": label, "text": text or None}
     margins = (top, bottom, left, right)
@@ -354,7 +369,12 @@ def edit_repair(
     trained = sampling.load(run, device)
     part = redraw.source(trained)
     names, sources = read(trained, pictures, part.shape)
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, "negative": negative}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "negative": negative,
+    }
     chosen |= options(option or [])
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.repair(trained, sources, n, seed=seed, **said, track=track, **chosen)

@@ -93,8 +93,8 @@ class Pretrained(nn.Module):
                 new = list(dict.fromkeys(texts))
             ids, mask = (made.to(where) for made in self.tokens(new))
             each, whole = self(ids, mask)
-            parts = [some[seen] for some, seen in zip(each, mask, strict=True)]
-            self._known |= dict(zip(new, zip(parts, whole, strict=True), strict=True))
+            shown = [some[seen] for some, seen in zip(each, mask, strict=True)]
+            self._known |= dict(zip(new, zip(shown, whole, strict=True), strict=True))
         parts, wholes = zip(*(self._known[text] for text in texts), strict=True)
         full = parts[0].new_zeros(self.context, self.width)  # so that all are padded to as many
         each = pad_sequence([*parts, full], batch_first=True)[:-1]

@@ -26,12 +26,12 @@ def sizes(side: int, multiple: int) -> list[Size]:
     Both are multiples of `multiple`.
     """
     step = max(1, min(STEP, side // 8) // multiple) * multiple
-    made = []
-    for width in range(2 * side // step * step, side // 2 - 1, -step):
+    wide = []
+    for width in range(2 * side // step * step, side, -step):
         height = max(step, round(side**2 / width / step) * step)
-        if max(width / height, height / width) <= LONGEST:
-            made.append((height, width))
-    return made or [(side, side)]
+        if width <= LONGEST * height:
+            wide.append((height, width))
+    return [*wide, (side, side), *((width, height) for height, width in reversed(wide))]
 
 
 def nearest(among: Sequence[Size], height: int, width: int) -> Size:

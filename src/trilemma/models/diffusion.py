@@ -405,8 +405,16 @@ class Diffusion(Model):
                 than one step, times that do not fall in so many steps, or guidance of a model that
                 cannot be guided.
         """
-        asked = {"solver": solver, "steps": steps, "guidance": guidance, "grid": grid, "size": size}
-        walk = self._walk(condition, rng, **asked, **own)
+        walk = self._walk(
+            condition,
+            rng,
+            solver=solver,
+            steps=steps,
+            guidance=guidance,
+            grid=grid,
+            size=size,
+            **own,
+        )
         return self.codec.decode(deque(walk, maxlen=1).pop())
 
     def vary(
