@@ -100,7 +100,10 @@ def test_later():
         ({"network": {"channels": 32}}, r"\[8, 16\] groups"),
         ({"network": {"resample": "biggan"}}, "resamples in blocks"),
         ({"codec": LATENTS, **STRAIGHT, "network": DIT}, "no pipeline of diffusers draws latents"),
-        ({"network": {**DIT, "in_channels": 3, "out_channels": 3}}, "with a DiT latents alone"),
+        (
+            {"network": {**DIT, "in_channels": 3, "out_channels": 3}},
+            "with a DiT diffusers draws latents",
+        ),
         ({"codec": LATENTS, "network": {**DIT, "inclusive": False}}, "inclusive=true"),
         ({"codec": LATENTS, "network": {**DIT, "conditioning": "adaln"}}, "not adaln-zero"),
         ({"network": {"multipliers": [1, 1, 1, 1, 1, 1]}}, "cannot halve 16x16"),

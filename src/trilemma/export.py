@@ -108,8 +108,10 @@ def to_diffusers(trained: Trained, out: str | Path) -> Path:
         pipeline, place = ("LDMPipeline", "vqvae") if "unet" in parts else ("DiTPipeline", "vae")
         index["_class_name"] = pipeline
         parts[place] = _autoencoder(trained, model.codec)
-    elif type(model.codec) is not Pixels or "transformer" in parts:
-        raise _unfit(trained, "diffusers draws latents alone with a DiT, and pixels with a UNet")
+    elif "transformer" in parts:
+        raise _unfit(trained, "with a DiT diffusers draws latents, and this one draws pixels")
+    elif type(model.codec) is not Pixels:
+        raise _unfit(trained, f"it draws {type(model.codec).__name__}, not pixels or latents")
     parts["scheduler"] = scheduler
     _save(out, parts, index)
     return out
