@@ -12,7 +12,7 @@ import pictures
 import tiny
 from trilemma import cli, codecs, data, latents, sampling, training
 from trilemma.data import buckets
-from trilemma.errors import UserError
+from trilemma.errors import Interrupted, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -186,10 +186,16 @@ def test_a_model_of_latents_learns_from_several_sizes(photos, stage, tmp_path, m
         return x0
 
     monkeypatch.setattr("trilemma.models.diffusion.encoded", watched)
-    whole = fit("text-latent", photos, stage, tmp_path / "whole", steps=6)
+
+    def stop(trained, elapsed):
+        raise Interrupted("as by Ctrl-C")
+
+    saving = "train.save_every=0"
+    whole = fit("text-latent", photos, stage, tmp_path / "whole", saving, steps=6)
     assert len({shape[2:] for shape in seen}) > 1 and {shape[:2] for shape in seen} == {(5, 4)}
-    fit("text-latent", photos, stage, tmp_path / "parts", steps=3)
-    parts = fit("text-latent", photos, stage, tmp_path / "parts", steps=6, resume=True)
+    with pytest.raises(Interrupted):
+        fit("text-latent", photos, stage, tmp_path / "parts", saving, steps=6, probe=stop, probes=2)
+    parts = fit("text-latent", photos, stage, tmp_path / "parts", saving, steps=6, resume=True)
     pairs = zip(whole.model.parameters(), parts.model.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
     loaded = sampling.load(tmp_path / "parts")
