@@ -36,10 +36,11 @@ import trilemma
 from trilemma import data as pictures
 from trilemma.batch import to_float, to_uint8
 from trilemma.data import Dataset
+from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.prdc import density_coverage, precision_recall
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 ROUNDS = 3
 

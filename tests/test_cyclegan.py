@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from trilemma import cli, compare, evaluate, sampling, training
+from trilemma import cli, compare, drawing, evaluate, sampling, training
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -256,9 +256,9 @@ def test_sheet_shows_fixed_pictures_of_both_domains(run, folder):
     step = SHAPE[2] + 2
     assert sheet.size == (8 * step - 2, 6 * step - 2)  # 12 of A, 10 of B, 4 to a row
     first = sheet.crop((0, 0, 16, 16))
-    assert first.tobytes() == sampling.to_pil(torch.from_numpy(data.source[0].copy())).tobytes()
+    assert first.tobytes() == drawing.to_pil(torch.from_numpy(data.source[0].copy())).tobytes()
     first = sheet.crop((0, 3 * step, 16, 3 * step + 16))
-    assert first.tobytes() == sampling.to_pil(data.tensor([0])[0]).tobytes()
+    assert first.tobytes() == drawing.to_pil(data.tensor([0])[0]).tobytes()
 
 
 def test_resuming_goes_on_with_the_history(folder, tmp_path):
@@ -330,7 +330,7 @@ def test_translate_command(run, folder, tmp_path, monkeypatch, capsys):
 def test_what_translates_does_not_draw(run, folder, tmp_path):
     for attempt in (
         lambda: run.sample(1),
-        lambda: list(sampling.save(run, 1, tmp_path / "out")),
+        lambda: list(drawing.save(run, 1, tmp_path / "out")),
         lambda: evaluate(run, folder, n=2, features="pixels"),
         lambda: compare(["cyclegan"], folder, out=tmp_path / "both", budget=1, quiet=True),
     ):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tiny
-from trilemma import cli, data, edit, recipe, sampling, training
+from trilemma import cli, data, drawing, edit, recipe, sampling, training
 from trilemma.batch import Rng
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Labels
@@ -227,7 +227,7 @@ def test_an_odd_picture_is_the_strangest(tmp_path):
     grey = torch.full((64, 1, 16, 16), 128, dtype=torch.uint8)
     grey += torch.randint(-20, 20, (64, 1, 1, 1), generator=torch.Generator().manual_seed(0)).byte()
     for i, image in enumerate(grey):
-        sampling.to_pil(image).save(tmp_path / f"{i}.png")
+        drawing.to_pil(image).save(tmp_path / f"{i}.png")
     model = training.train(
         "vae", tmp_path, out=tmp_path / "run", steps=60, quiet=True, overrides=tiny.overrides("vae")
     )

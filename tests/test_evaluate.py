@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trilemma import evaluation, sampling
+from trilemma import drawing, evaluation, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.evaluation import describe, evaluate, nearest_neighbours, same_protocol, title
@@ -210,7 +210,7 @@ def test_drawn_images_are_read_from_folders_zips_and_npz(tmp_path):
     folder.mkdir()
     with zipfile.ZipFile(tmp_path / "drawn.zip", "w") as archive:
         for i, image in enumerate(drawn):
-            sampling.to_pil(image).save(folder / f"{i:05d}.png")
+            drawing.to_pil(image).save(folder / f"{i:05d}.png")
             archive.write(folder / f"{i:05d}.png", f"some/{i:05d}.png")
     Image.new("RGB", (99, 99)).save(folder / "grid.png")
     (folder / "notes.txt").write_text("no image")

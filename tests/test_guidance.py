@@ -10,7 +10,7 @@ from PIL import Image
 
 import exact
 import tiny
-from trilemma import cli, guides, recipe, sampling, training
+from trilemma import cli, drawing, guides, recipe, sampling, training
 from trilemma.batch import Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.diffusion import schedules
@@ -271,7 +271,7 @@ def test_a_guide_from_python_is_seen_and_written_down(run, tmp_path):
     assert guided[:, 2].float().mean() < plain[:, 2].float().mean() - 5
     alone = trained.sample(1, seed=2, **options).int()
     assert (alone - guided[2:3].int()).abs().max() <= 2, "a picture depends on its batch"
-    *_, sheet = sampling.save(trained, 1, tmp_path / "out", **options)
+    *_, sheet = drawing.save(trained, 1, tmp_path / "out", **options)
     assert json.loads(Image.open(sheet).text["trilemma"])["sample"]["guide"].endswith(":red")
     assert trained.options({"guide_with": trained})["guide_with"] == str(run)
 

@@ -53,8 +53,10 @@ def test_there_and_back_is_the_first_stages_own(drawing, stage, pictures):
     wanted = edit.reconstruct(sampling.load(stage), images)
     assert (to_uint8(back).int() - wanted.int()).abs().max() <= 1
     assert codec.shape == codec.encode(to_float(images)).shape[1:]
-    with pytest.raises(ValueError, match=r"expected \(B, 3, 16, 16\)"):
-        codec.encode(torch.zeros(2, 3, 8, 8))
+    other = codec.encode(torch.zeros(2, 3, 8, 16))
+    assert other.shape == (2, *codec.space(8, 16)) and codec.decode(other).shape == (2, 3, 8, 16)
+    with pytest.raises(ValueError, match=r"expected \(B, 3, h, w\)"):
+        codec.encode(torch.zeros(2, 1, 16, 16))
 
 
 def test_latents_have_mean_0_and_deviation_1(drawing, pictures):

@@ -258,3 +258,31 @@ def test_all_weights_of_a_single_file_are_refused(tmp_path):
         UserError, match="is one file; all weights can be fine-tuned of a diffusers"
     ):
         next(finetune.tune(tmp_path / "a.safetensors", "x", tmp_path, Tuning(rank=None)))
+
+
+def test_each_step_is_of_one_size(tmp_path):
+    """Of two sizes, each batch has one, and what is learned is that of the pictures it names."""
+    model, seen = ours(sd3_pipeline()), []
+    draw = np.random.default_rng(0)
+    sets = []
+    for n, h, w in ((3, 16, 16), (5, 8, 32)):
+        images = draw.integers(0, 256, (n, 3, h, w), np.uint8)
+        texts = [f"a {i}" for i in range(n)]
+        sets.append(Dataset("fruit", "train", f"of {h}x{w}", images, text=texts))
+    loss = model.loss
+
+    def watched(x0, text, rng):
+        seen.append(tuple(x0.shape))
+        return loss(x0, text, rng)
+
+    model.loss = watched
+    tuning = Tuning(steps=8, batch=2, rank=2)
+    told = list(finetune.finetune(model, sets, tmp_path, tuning, "fp32"))
+    assert all(np.isfinite(loss) for _, loss in told)
+    shapes = {shape[2:] for shape in seen}
+    assert len(shapes) == 2 and {shape[0] for shape in seen} == {2}
+    assert sum(h != w for _, _, h, w in seen) == 5  # in 8 steps of 2, all of the 8 were seen twice
+    cache = Cache(tmp_path, model, sets)
+    image = torch.from_numpy(sets[1].images[[4, 1]]).float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(cache.latents([4, 1], 1)[0], model.moments(image)[0])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ def test_resume_refuses_what_differs(data, folder, tmp_path):
         fit(load_data(folder, split="train"), out, steps=4, resume=True)
     assert fit(data, out, steps=4, resume=True).progress["step"] == 4
     assert fit(data, out, resume=True).progress["step"] == 4  # the length is remembered
+
+
+def test_what_changes_nothing_learned_may_change_on_resuming(data, tmp_path, capsys):
+    whole = fit(data, tmp_path / "whole", "train.ema_halflife=0", steps=4)
+    fit(data, tmp_path / "parts", "train.ema_halflife=0", steps=2)
+    changes = ["train.ema_halflife=0", "train.grids=1", "train.log_every=2", "sample.steps=3"]
+    parts = fit(data, tmp_path / "parts", *changes, steps=4, resume=True, quiet=False)
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    written = tomllib.loads((tmp_path / "parts" / "recipe.toml").read_text())
+    assert written["train"]["grids"] == 1 and written["sample"]["steps"] == 3
+    assert written["run"]["length"] == {"steps": 4}
+    assert "train.grids is 1 now and was" in capsys.readouterr().err
+    about = checkpoint.read(tmp_path / "parts" / "model.safetensors")[1]
+    assert about["recipe"]["train"]["log_every"] == 2
 
 
 def poison(monkeypatch, bad_steps):

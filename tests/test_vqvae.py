@@ -271,8 +271,8 @@ def test_wrong_codes_latents_and_options_are_told():
         model.from_codes(torch.zeros(2, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="codes from 0 to 8 were given; the codebook has 0 to 7"):
         model.from_codes(torch.tensor([[[0, 1], [2, 8]]]))
-    with pytest.raises(ValueError, match=r"expected \(B, 4, 2, 2\)"):
-        model.decode(torch.zeros(2, 4, 4, 4))
+    with pytest.raises(ValueError, match=r"expected \(B, 4, h, w\)"):
+        model.decode(torch.zeros(2, 2, 4, 4))
     with pytest.raises(ValueError, match="temperature is 0"):
         model.sample(Condition(1), Rng([0]), temperature=0)
     with pytest.raises(ValueError, match="codebook_size is 1"):

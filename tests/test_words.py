@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny
-from trilemma import checkpoint, cli, sampling, training
+from trilemma import checkpoint, cli, redraw, sampling, training
 from trilemma.batch import Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.conditioning import Labels, Pretrained, Text, Together, reads_text
@@ -246,6 +246,57 @@ def test_from_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert "nowhere.txt" in re.sub(r"[\s│]", "", told)  # whatever the width of the screen
 
 
+def test_pictures_are_changed_by_words(run, tmp_path):
+    trained = sampling.load(run)
+    torch.manual_seed(0)
+    for parameter in trained.model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape)
+    images = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+    options = {"steps": 2, "guidance": 3.0}
+    both = redraw.vary(trained, images, 0.9, 2, text=["a red", "a blue"], **options).int()
+    blue = redraw.vary(trained, images[1:], 0.9, 1, seed=3, text="a blue", **options).int()
+    red = redraw.vary(trained, images[1:], 0.9, 1, seed=3, text="a red", **options).int()
+    assert (both[1, 1] - blue[0, 0]).abs().max() <= 2 < (blue - red).abs().max()
+    # The recipe's guidance holds where something is said, and none where nothing is.
+    assert redraw.told(trained, {}, None, "a red")["guidance"] == 3.0
+    assert redraw.told(trained, {}, None)["guidance"] == 1.0
+    away = redraw.vary(trained, images[1:], 0.9, 1, seed=3, negative="a red", steps=2)
+    assert not torch.equal(away, redraw.vary(trained, images[1:], 0.9, 1, seed=3, steps=2))
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:, 8:] = True
+    options = {"steps": 2, "resample": 1}
+    one, two = (redraw.inpaint(trained, images, mask, text=t, **options) for t in ("a", "b"))
+    assert not torch.equal(one, two) and torch.equal(one[..., :8], two[..., :8])
+    one, two = (redraw.outpaint(trained, images, (0, 0, 0, 4), text=t, **options) for t in "ab")
+    assert not torch.equal(one, two)
+
+
+def test_words_for_changes_from_the_command_line(run, tmp_path, monkeypatch, capsys):
+    pictures = tiny.pictures(tmp_path / "pictures", 2, 1)
+
+    def call(*arguments, code=0):
+        words = ["edit", *arguments, "--steps", 2, "--json", "--out", tmp_path / "out"]
+        monkeypatch.setattr("sys.argv", ["trilemma", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        told = capsys.readouterr()
+        assert bool(stop.value.code) == bool(code)
+        if code:
+            return told.err
+        return json.loads(Image.open(json.loads(told.out)["images"][0]).text["trilemma"])
+
+    words = ["--text", "a red square", "--negative", "green", "--guidance", 2]
+    facts = call("vary", run, pictures, "-n", 1, *words)
+    assert facts["text"] == ["a red square"] and facts["sample"]["negative"] == "green"
+    facts = call("outpaint", run, pictures, "--top", 4, "--resample", 1, *words)
+    assert facts["text"] == ["a red square"] and facts["sample"]["guidance"] == 2
+    again = ["--negative", "x", "--guidance", 1]
+    assert "guidance above 1" in call("vary", run, pictures, *again, code=1)
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "sd" / "model_index.json").write_text("{}")
+    assert "sample" in call("vary", tmp_path / "sd", pictures, "--text", "x", code=1)
+
+
 def test_packaged_models_are_found_by_name(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path)
     tensors, facts = checkpoint.read_model(run)
@@ -272,6 +323,9 @@ def test_models_and_data_without_words_are_told_apart(tmp_path):
         trained.sample(1, text="red")
     with pytest.raises(ValueError, match="negative text.*reads no texts"):
         trained.sample(1, negative="red", guidance=2.0)
+    images = trained.sample(1, steps=1)
+    with pytest.raises(UserError, match="reads no text; it takes a label"):
+        redraw.vary(trained, images, text="red")
 
 
 # Guidance by CLIP

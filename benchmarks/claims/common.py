@@ -30,12 +30,13 @@ import trilemma
 from trilemma import checkpoint, device
 from trilemma.batch import Condition
 from trilemma.data import Dataset, batches
+from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.reference import of_dataset
 from trilemma.profile import flops
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 matplotlib.use("Agg")
 

@@ -36,12 +36,12 @@ from PIL import Image
 import trilemma
 from trilemma import data as pictures
 from trilemma.data.named import PACKAGED
+from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.kernel import kernel_distance
 from trilemma.metrics.neighbours import nearest
 from trilemma.metrics.reference import thinned
-from trilemma.sampling import grid
 from trilemma.translation import translate
 
 DESIGNERS = ("noto", "twemoji")  # A, B

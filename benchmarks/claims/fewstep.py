@@ -23,10 +23,11 @@ import torch
 import trilemma
 from trilemma import data as pictures
 from trilemma.distilling import METHODS, distill
+from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.prdc import density_coverage
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from matplotlib import pyplot
 
 import trilemma
 from trilemma import data as pictures
-from trilemma import sampling
+from trilemma import drawing
 from trilemma.data import Dataset
 from trilemma.sampling import Trained
 
@@ -110,7 +110,7 @@ def main() -> None:
         sheets[way] = drawn[:32]
     figure, axes = pyplot.subplots(1, len(sheets), figsize=(13, 3), layout="constrained")
     for axis, (title, images) in zip(axes, sheets.items(), strict=True):
-        axis.imshow(sampling.grid(images, 8), cmap="gray")
+        axis.imshow(drawing.grid(images, 8), cmap="gray")
         axis.set(title=title, xticks=[], yticks=[])
     given.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.out / "finetuning.png", dpi=120)

@@ -24,11 +24,11 @@ import torch
 from trilemma import data as pictures
 from trilemma import upscale
 from trilemma.batch import to_float, to_uint8
+from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.reference import thinned
 from trilemma.models.srgan import shrink
-from trilemma.sampling import grid
 
 SMALL = ["model.generator.width=32", "model.generator.blocks=4", "train.grids=0"]
 SHOWN = 8  # tiles

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 import trilemma
 from trilemma import data as pictures
 from trilemma.batch import to_float
+from trilemma.drawing import captioned
 from trilemma.metrics.retrieval import recalls
-from trilemma.sampling import Trained, captioned
+from trilemma.sampling import Trained
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from emoji_text import colours_of  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trilemma.batch import Batch, to_uint8
 from trilemma.model import Frozen, Keeps, matching
-from trilemma.networks.layers import check_shape
+from trilemma.networks.layers import check_channels, check_shape
 
 
 class Codec(Protocol):
@@ -47,6 +47,10 @@ class Pixels(nn.Module):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
+
+    def space(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape (C, height, width) of x for pictures of other sides."""
+        return self.shape[0], height, width
 
     def encode(self, image: Tensor) -> Tensor:
         """Return the image (B, C, H, W)."""
@@ -213,7 +217,8 @@ class Latents(nn.Module):
     G: what draws x starts from noise of deviation 1, and says as much of each step as `diffusion`
     expects only if x is as wide. Mean of each component over pictures and places, one deviation for
     all, so that components keep their proportions; `measure` takes both from the data, once, before
-    training. Where latents are Gaussians, z is their mean.
+    training. Where latents are Gaussians, z is their mean. Pictures of other sides than those of
+    `shape` pass too, where the first stage divides them.
 
     Args:
         stage: the first stage; in a recipe `{ type = "trained", path = "runs/kl-f4" }`.
@@ -240,6 +245,20 @@ class Latents(nn.Module):
         self.register_buffer("mean", torch.zeros(self.shape[0], 1, 1))
         self.register_buffer("deviation", torch.ones(()))
 
+    def space(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape (D, h, w) of x for pictures of other sides.
+
+        Raises:
+            ValueError: the first stage does not divide them.
+        """
+        factor = self.picture[1] // self.shape[1]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"pictures of {height} x {width} have no latents of a {factor}th of their sides; "
+                f"both must be multiples of {factor}"
+            )
+        return self.shape[0], height // factor, width // factor
+
     @property
     def _model(self) -> FirstStage:
         return cast(FirstStage, self.stage.module)
@@ -262,7 +281,7 @@ class Latents(nn.Module):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [-1, 1] to x (B, D, h, w)."""
-        check_shape("pictures", image, *self.picture)
+        check_channels("pictures", image, self.picture[0])
         return self._normal(self._model.encode(image))
 
     def _normal(self, latent: Tensor) -> Tensor:
@@ -273,7 +292,7 @@ class Latents(nn.Module):
         """Return the codes (B, h, w) of images (B, C, H, W), or x (B, D, h, w) in float16."""
         model = self.stage.module
         if isinstance(model, Codebook):
-            check_shape("pictures", image, *self.picture)
+            check_channels("pictures", image, self.picture[0])
             return _small(model.codes(image), model.codebook_size)
         return self.encode(image).half()
 

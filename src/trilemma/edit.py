@@ -37,6 +37,7 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data import Dataset
+from trilemma.drawing import grid, to_pil
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.restoration import noise_deviation
@@ -48,7 +49,7 @@ from trilemma.model import (
     HasLikelihood,
     Model,
 )
-from trilemma.sampling import Trained, grid, to_pil
+from trilemma.sampling import Trained
 
 BATCH = 32
 SHOWN = 32  # pictures on a sheet

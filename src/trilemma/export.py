@@ -1,22 +1,38 @@
 """A trained diffusion model as a folder that diffusers loads and draws from, without our code.
 
-What fits is a `networks.unet.UNet` of pixels whose residual blocks are shifted or scaled and
-shifted by the time and whose levels are joined by convolutions (the recipe ddpm): it is a
-UNet2DModel under other names. Two things are not the same there, and are made so:
+What diffusers has a class for can be written:
 
-- Our step k is time (k + 1) / T, theirs k. An angle one step further is a rotation of its cosine
+| it draws | network | schedule | diffusers' pipeline and scheduler |
+|---|---|---|---|
+| pixels | `networks.unet.UNet` | betas | DDPMPipeline, DDPMScheduler |
+| pixels | `networks.unet.UNet` | straight | DDPMPipeline, FlowMatchEulerDiscreteScheduler |
+| latents | `networks.unet.UNet` | betas | LDMPipeline, DDIMScheduler |
+| latents | `networks.dit.DiT` | betas | DiTPipeline, DDIMScheduler |
+
+The U-Net's residual blocks are shifted or scaled and shifted by the time and its levels are joined
+by convolutions (the recipe ddpm); the DiT is adaln-zero, with `inclusive`; the latents are those of
+`networks.kl_autoencoder`. Along straight paths the network sees its input as it is
+(`scale_input = false`), for no scheduler of diffusers brings it to unit variance. All are the same
+under other names, but for this:
+
+- Our step k is time (k + 1) / 1000, theirs k. An angle one step further is a rotation of its cosine
   and sine, which is linear, so it goes into the first layer of the time embedding.
 - Labels are vectors added to the time embedding there as here; the last, one more than the classes,
-  is "nothing said".
+  is "nothing said"; DiTPipeline takes the 1,001st for it.
+- Latents are brought to mean 0 and deviation 1 here. The deviation is their `scaling_factor`, the
+  mean is in the biases of the convolutions of 1 x 1 around the latents.
 
-The scheduler is DDPMScheduler with the schedule's own betas; DDPMPipeline then draws what our
-solver ddpm does: `trilemma sample RUN --solver ddpm`.
+DDPMPipeline draws what our solvers ddpm and euler do, the others what ddim does, on the grid
+trailing: `trilemma sample RUN --solver ddim --grid trailing`. Straight paths in pixels are the same
+as long as no prediction leaves [-1, 1], where ours are clipped.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +41,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trilemma import checkpoint
-from trilemma.codecs import Pixels
+from trilemma.codecs import Latents, Pixels
 from trilemma.conditioning import Labels
-from trilemma.diffusion.schedules import Betas
+from trilemma.diffusion.schedules import Betas, Straight
 from trilemma.errors import UserError
 from trilemma.models.diffusion import Diffusion
-from trilemma.networks.layers import GroupNorm
+from trilemma.models.first_stage import CALM, AutoencoderKL
+from trilemma.networks.dit import DiT
+from trilemma.networks.kl_autoencoder import StageDecoder, StageEncoder
+from trilemma.networks.layers import GroupNorm, TimeEmbedding
 from trilemma.networks.unet import Attention, Level, ResidualBlock, UNet
 from trilemma.sampling import Trained
 
 PREDICTIONS = {"noise": "epsilon", "image": "sample", "velocity": "v_prediction"}
 FORM = "0.30.0"  # of diffusers' folders: the version from which on they can be read
+STEPS = 1000  # of the times that networks there are told
+CLASSES = 1000  # of DiTPipeline
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a pipeline: its class, its weights by name, the config that says how it is made."""
+
+    kind: str
+    weights: Mapping[str, Tensor]
+    config: Mapping[str, Any]
 
 
 def to_diffusers(trained: Trained, out: str | Path) -> Path:
-    """Write a trained model as a folder of a DDPMPipeline; return the folder.
+    """Write a trained model as a folder of a pipeline of diffusers; return the folder.
 
     Raises:
         UserError: the model has parts that diffusers does not; or `out` holds something else.
@@ -50,69 +80,223 @@ def to_diffusers(trained: Trained, out: str | Path) -> Path:
     model = trained.model
     if not isinstance(model, Diffusion):
         raise _unfit(trained, f"it is a {type(model).__name__}, not a Diffusion")
-    schedule, network = model.schedule, model.network
-    if not isinstance(schedule, Betas):
-        raise _unfit(trained, f"its schedule is {type(schedule).__name__}, not one of betas")
-    target = trained.recipe["model"].get("target", "noise")
-    if target not in PREDICTIONS:
-        raise _unfit(trained, f"it predicts the {target}, not noise, image or velocity")
-    if not isinstance(network, UNet):
-        raise _unfit(trained, f"its network is a {type(network).__name__}, not a UNet")
-    if type(model.codec) is not Pixels or model.data_std != 1 or model.learn_variance:
-        raise _unfit(trained, "it draws latents, scales its input or learns variances")
     if type(model.conditioner) is not Labels:
         raise _unfit(trained, f"it is told {type(model.conditioner).__name__}, not labels")
-    height, width = trained.data["shape"][1:]
-    if height % network.multiple or width % network.multiple:
-        raise _unfit(trained, f"diffusers cannot halve {height}x{width} as often as it does")
-    weights, config = _network(trained, network)
-    table = model.conditioner.table
-    if table is not None:
-        weights["class_embedding.weight"] = table.weight
-        config["num_class_embeds"] = len(table.weight)
-    config |= {"sample_size": trained.data["shape"][1], "_class_name": "UNet2DModel"}
-    config |= {"in_channels": model.codec.shape[0], "out_channels": model.codec.shape[0]}
-    betas = -torch.expm1(schedule.log_alpha2.diff())
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": schedule.steps,
-        "trained_betas": betas.tolist(),
-        "prediction_type": PREDICTIONS[target],
-        "variance_type": "fixed_small",
-        "clip_sample": True,
-        "timestep_spacing": "trailing",
-    }
-    index = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-    }
-    (out / "unet").mkdir(parents=True, exist_ok=True)
-    (out / "scheduler").mkdir(exist_ok=True)
-    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    temporary = out / "unet" / ".weights.tmp"
-    save_file(plain, temporary, metadata={"format": "pt"})
-    checkpoint.replace(temporary, out / "unet" / "diffusion_pytorch_model.safetensors")
-    for place, told in (
-        ("unet/config.json", config),
-        ("scheduler/scheduler_config.json", scheduler),
-        ("model_index.json", index),
-    ):
-        told = {"_diffusers_version": FORM, **told}
-        (out / place).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    if model.data_std != 1 or model.learn_variance:
+        raise _unfit(trained, "it scales its target or learns variances")
+    scheduler = _scheduler(trained, model)
+    shift = 0 if isinstance(model.schedule, Straight) else 1
+    told = {"sample_size": model.codec.shape[1]}
+    told |= dict.fromkeys(("in_channels", "out_channels"), model.codec.shape[0])
+    index: dict[str, Any] = {"_class_name": "DDPMPipeline"}
+    if isinstance(model.network, UNet):
+        weights, config = _unet(trained, model.network, model.codec.shape[1:], shift)
+        table = model.conditioner.table
+        if table is not None:
+            weights["class_embedding.weight"] = table.weight
+            config["num_class_embeds"] = len(table.weight)
+        parts = {"unet": Part("UNet2DModel", weights, config | told)}
+    elif isinstance(model.network, DiT):
+        weights, config = _dit(trained, model.network, model.conditioner, shift)
+        parts = {"transformer": Part("DiTTransformer2DModel", weights, config | told)}
+        names = trained.data["label_names"]
+        index["id2label"] = {str(i): name for i, name in enumerate(names)}
+    else:
+        kind = type(model.network).__name__
+        raise _unfit(trained, f"its network is a {kind}, not a UNet or a DiT")
+    if isinstance(model.codec, Latents):
+        pipeline, place = ("LDMPipeline", "vqvae") if "unet" in parts else ("DiTPipeline", "vae")
+        index["_class_name"] = pipeline
+        parts[place] = _autoencoder(trained, model.codec)
+    elif "transformer" in parts:
+        raise _unfit(trained, "with a DiT diffusers draws latents, and this one draws pixels")
+    elif type(model.codec) is not Pixels:
+        raise _unfit(trained, f"it draws {type(model.codec).__name__}, not pixels or latents")
+    parts["scheduler"] = scheduler
+    _save(out, parts, index)
     return out
+
+
+def _save(out: Path, parts: Mapping[str, Part], index: Mapping[str, Any]) -> None:
+    """Write the folder of a pipeline: a folder for each part, and the index of them."""
+    for name, part in parts.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if part.weights:
+            plain = {key: tensor.detach().float().cpu() for key, tensor in part.weights.items()}
+            plain = {key: tensor.clone().contiguous() for key, tensor in plain.items()}
+            temporary = folder / ".weights.tmp"
+            save_file(plain, temporary, metadata={"format": "pt"})
+            checkpoint.replace(temporary, folder / "diffusion_pytorch_model.safetensors")
+        config = "config" if part.weights else "scheduler_config"
+        _write(folder / f"{config}.json", {"_class_name": part.kind, **part.config})
+    listed = {name: ["diffusers", part.kind] for name, part in parts.items()}
+    _write(out / "model_index.json", {**index, **listed})
+
+
+def _write(path: Path, told: Mapping[str, Any]) -> None:
+    whole = {"_diffusers_version": FORM, **told}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def _scheduler(trained: Trained, model: Diffusion) -> Part:
+    """Return the scheduler that steps as the model does; it has no weights."""
+    schedule, latents = model.schedule, isinstance(model.codec, Latents)
+    target = trained.recipe["model"].get("target", "noise")
+    betas = (
+        "--set 'model.schedule={type=\"diffusion.schedules.Linear\"}' --set model.target=velocity"
+    )
+    if isinstance(schedule, Straight):
+        if latents:
+            raise _unfit(
+                trained,
+                f"no pipeline of diffusers draws latents along straight paths; train with {betas}",
+            )
+        if target != "straight":
+            raise _unfit(trained, f"along straight paths it predicts the {target}, not straight")
+        if model.scale_input:
+            raise _unfit(
+                trained,
+                "no scheduler of diffusers brings the input of straight paths to unit variance; "
+                "train with --set model.scale_input=false",
+            )
+        kind = "FlowMatchEulerDiscreteScheduler"
+        return Part(kind, {}, {"num_train_timesteps": STEPS, "shift": 1.0})
+    if not isinstance(schedule, Betas):
+        raise _unfit(trained, f"its schedule is {type(schedule).__name__}, not one of betas")
+    if target not in PREDICTIONS:
+        raise _unfit(trained, f"it predicts the {target}, not noise, image or velocity")
+    if schedule.steps != STEPS:
+        raise _unfit(trained, f"its schedule has {schedule.steps} steps, not {STEPS}")
+    told = {
+        "num_train_timesteps": STEPS,
+        "trained_betas": (-torch.expm1(schedule.log_alpha2.diff())).tolist(),
+        "prediction_type": PREDICTIONS[target],
+        "timestep_spacing": "trailing",
+        "clip_sample": not latents,
+    }
+    if latents:
+        return Part("DDIMScheduler", {}, {**told, "set_alpha_to_one": True})
+    return Part("DDPMScheduler", {}, {**told, "variance_type": "fixed_small"})
+
+
+def _autoencoder(trained: Trained, codec: Latents) -> Part:
+    """Return the first stage; what lies around its latents is in convolutions of 1 x 1."""
+    stage = codec.stage.module
+    if not isinstance(stage, AutoencoderKL) or not (
+        isinstance(stage.encoder, StageEncoder) and isinstance(stage.decoder, StageDecoder)
+    ):
+        raise _unfit(
+            trained,
+            "the networks of its first stage are no StageEncoder and StageDecoder of "
+            "networks.kl_autoencoder, whose layout diffusers' AutoencoderKL has",
+        )
+    encoder, latent = stage.encoder, codec.shape[0]
+    mean = codec.mean.flatten()
+    weights = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    weights |= {f"decoder.{key}": tensor for key, tensor in stage.decoder.state_dict().items()}
+    weights["quant_conv.weight"] = torch.eye(2 * latent)[:, :, None, None]
+    weights["quant_conv.bias"] = torch.cat([-mean, torch.full_like(mean, CALM)])
+    weights["post_quant_conv.weight"] = torch.eye(latent)[:, :, None, None]
+    weights["post_quant_conv.bias"] = mean
+    count = len(encoder.widths)
+    config = {
+        "in_channels": codec.picture[0],
+        "out_channels": codec.picture[0],
+        "sample_size": codec.picture[1],
+        "latent_channels": latent,
+        "block_out_channels": encoder.widths,
+        "layers_per_block": encoder.blocks,
+        "norm_num_groups": encoder.groups,
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "mid_block_add_attention": len(encoder.mid_block.attentions) > 0,
+        "scaling_factor": 1 / float(codec.deviation),
+        "force_upcast": False,
+    }
+    return Part("AutoencoderKL", weights, config)
+
+
+def _dit(
+    trained: Trained, network: DiT, labels: Labels, shift: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a DiT's weights under diffusers' names, and the config that says what it is."""
+    told, width = trained.recipe["model"]["network"], network.width
+    if network.conditioning != "adaln-zero" or network.rotary or told.get("qk_norm"):
+        raise _unfit(
+            trained, "its DiT is not adaln-zero, has rotary positions or normalises queries"
+        )
+    if not told.get("inclusive"):
+        raise _unfit(
+            trained,
+            "its DiT is told the time by other frequencies than diffusers'; train with "
+            "--set model.network.inclusive=true",
+        )
+    if network.embedding_dim != width or labels.classes > CLASSES:
+        raise _unfit(
+            trained,
+            f"its embeddings are {network.embedding_dim} wide and its DiT {width}, or its "
+            f"{labels.classes} classes are more than {CLASSES}",
+        )
+    assert network.modulation is not None
+    table = torch.zeros(CLASSES + 1, width)
+    if labels.table is not None:
+        table[: labels.classes], table[CLASSES] = labels.table.weight[:-1], labels.table.weight[-1]
+    first = network.time.up.weight
+    if shift:
+        first = _later(first.double(), TimeEmbedding.FEATURES, network.time.period).float()
+    patch, channels = network.patch, network.leave.out_features // network.patch**2
+    # A pixel's channels are together there, a channel's pixels here.
+    fold = torch.arange(channels * patch**2).view(channels, patch**2).T.flatten()
+    weights: dict[str, Tensor] = {}
+    for p in ("weight", "bias"):
+        made = network.modulation.linear.get_parameter(p).split(width)
+        weights[f"pos_embed.proj.{p}"] = network.enter.get_parameter(p)
+        weights[f"proj_out_1.{p}"] = torch.cat(made[-2:])
+        weights[f"proj_out_2.{p}"] = network.leave.get_parameter(p)[fold]
+        for i, block in enumerate(network.blocks):
+            at = f"transformer_blocks.{i}"
+            shift1, scale1, shift2, scale2, gate1, gate2 = made[6 * i : 6 * i + 6]
+            six = [shift1, scale1, gate1, shift2, scale2, gate2]
+            weights[f"{at}.norm1.linear.{p}"] = torch.cat(six)
+            thirds = block.get_parameter(f"attention.qkv.{p}").chunk(3)
+            for letter, third in zip("qkv", thirds, strict=True):
+                weights[f"{at}.attn1.to_{letter}.{p}"] = third
+            weights[f"{at}.attn1.to_out.0.{p}"] = block.get_parameter(f"attention.out.{p}")
+            weights[f"{at}.ff.net.0.proj.{p}"] = block.get_parameter(f"up.{p}")
+            weights[f"{at}.ff.net.2.{p}"] = block.get_parameter(f"down.{p}")
+            embedder = f"{at}.norm1.emb.timestep_embedder"
+            up = first if p == "weight" else network.time.up.bias
+            weights[f"{embedder}.linear_1.{p}"] = up
+            weights[f"{embedder}.linear_2.{p}"] = network.time.down.get_parameter(p)
+            weights[f"{at}.norm1.emb.class_embedder.embedding_table.weight"] = table
+    enter = weights["pos_embed.proj.weight"]
+    weights["pos_embed.proj.weight"] = enter.view(width, -1, patch, patch)
+    config = {
+        "num_attention_heads": network.heads,
+        "attention_head_dim": width // network.heads,
+        "num_layers": len(network.blocks),
+        "patch_size": patch,
+        "num_embeds_ada_norm": CLASSES,
+        "norm_eps": 1e-6,
+    }
+    return weights, config
 
 
 def _unfit(trained: Trained, why: str) -> UserError:
     return UserError(
-        f"{trained.name} cannot be exported to diffusers: {why}; what can is a model such as the "
-        "recipe ddpm's"
+        f"{trained.name} cannot be exported to diffusers: {why}; what can is told in docs/stable.md"
     )
 
 
-def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _unet(
+    trained: Trained, network: UNet, sides: Sequence[int], shift: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a U-Net's weights under diffusers' names, and the config that says what it is."""
     told = trained.recipe["model"]["network"]
+    height, width = sides
+    if height % network.multiple or width % network.multiple:
+        raise _unfit(trained, f"diffusers cannot halve {height}x{width} as often as it does")
     norm_out = network.norm_out
     assert isinstance(norm_out, GroupNorm)
     norms = {module.groups for module in network.modules() if isinstance(module, GroupNorm)}
@@ -154,7 +338,9 @@ def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[s
     put("time_embedding.linear_1", network.time[0])
     put("time_embedding.linear_2", network.time[2])
     first = weights["time_embedding.linear_1.weight"]
-    weights["time_embedding.linear_1.weight"] = _later(first.double(), network.channels).float()
+    if shift:
+        later = _later(first.double(), network.channels)
+        weights["time_embedding.linear_1.weight"] = later.float()
     attends, depth, i = [], 0, 0
     for module in network.down:
         if isinstance(module, Level):
@@ -195,10 +381,10 @@ def _network(trained: Trained, network: UNet) -> tuple[dict[str, Tensor], dict[s
     return weights, config
 
 
-def _later(weight: Tensor, dim: int) -> Tensor:
+def _later(weight: Tensor, dim: int, period: float = 10_000.0) -> Tensor:
     """Return W' with W' features(k) = W features(k + 1), for the features of `sinusoidal`."""
     half = dim // 2
-    turn = torch.exp(-math.log(10_000.0) * torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float64) / half)
     turn = turn.to(weight.device)
     cos, sin = weight[:, :half], weight[:, half:]
     # cos(a + f) = cos a cos f - sin a sin f,  sin(a + f) = cos a sin f + sin a cos f

@@ -45,7 +45,13 @@ SHARE = 0.1  # of a time budget that filling may take; else batches are encoded 
 
 
 def keep(
-    model: nn.Module, data: Dataset, flip: bool, length: Length, batch: int, where: torch.device
+    model: nn.Module,
+    data: Dataset,
+    flip: bool,
+    length: Length,
+    batch: int,
+    where: torch.device,
+    among: int | None = None,
 ) -> np.ndarray | None:
     """Return what the model's codec keeps of every picture (1 or 2, N, ...), computed if need be.
 
@@ -58,6 +64,7 @@ def keep(
         length: of the training.
         batch: pictures of a step.
         where: the device to compute on.
+        among: pictures in all, where these are those of one size.
 
     Returns:
         None where the model's codec keeps nothing, or training is too short for it to pay.
@@ -66,14 +73,15 @@ def keep(
         UserError: the file cannot be written.
     """
     codec = _keeping(model)
-    sides = 2 if flip else 1
+    sides, among = 2 if flip else 1, among or len(data)
     images = length.images or batch * (length.steps or 0)
-    if codec is None or (length.seconds is None and images < sides * len(data)):
+    if codec is None or (length.seconds is None and images < sides * among):
         return None
     path = cache_root() / "latents" / f"{_key(codec, data, flip)}.npy"
     try:
         if distributed.local_rank() == 0 and not path.exists():
-            patience = math.inf if length.seconds is None else SHARE * length.seconds
+            share = SHARE * len(data) / among
+            patience = math.inf if length.seconds is None else share * length.seconds
             _fill(path, codec, data, sides, where, patience)
     except OSError as error:
         raise UserError(

@@ -47,9 +47,11 @@ class Model(nn.Module, ABC):
     Attributes:
         training_only: arguments, and the modules of that name, that nothing but training needs: a
             teacher. A run's state has them, the model that is shared has not.
+        any_size: it learns from pictures of any sides that its networks can halve or divide.
     """
 
     training_only: Sequence[str] = ()
+    any_size: bool = False
 
     @abstractmethod
     def phases(self) -> list[Phase]:

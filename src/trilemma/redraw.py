@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from trilemma.data import Dataset
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
+from trilemma.drawing import grid
 from trilemma.edit import BATCH, Track, check, inference
 from trilemma.errors import UserError
 from trilemma.model import HasRedrawing
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 SHOWN = 16  # pictures on a sheet
 
@@ -49,6 +51,7 @@ def vary(
     *,
     seed: int = 0,
     label: str | int | None = None,
+    text: str | Sequence[str] | None = None,
     track: Track = iter,
     **options: Any,
 ) -> Tensor:
@@ -61,27 +64,30 @@ def vary(
         n: variations of each.
         seed: of all that is drawn.
         label: what they shall be; None says nothing.
+        text: the same in words; of several, number j of each picture has the j-th, in turn.
         track: shows progress.
-        **options: of the family's `sample`.
+        **options: of the family's `sample`, `negative` among them: a text to go away from.
 
     Returns:
         uint8 (N, n, C, H, W).
 
     Raises:
-        UserError: the model redraws no pictures; an unknown class or option; the images are not of
-            its shape; n below 1, or a strength that is not above 0 and at most 1.
+        UserError: the model redraws no pictures; an unknown class or option; text for a model that
+            reads none; the images are not of its shape; n below 1, or a strength that is not above
+            0 and at most 1.
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; expected more than 0 and at most 1")
     check(trained, images)
     options = trained.opened(options)
-    model, chosen = _redrawing(trained), _options(trained, options, label, "sample")
+    model, chosen = _redrawing(trained), _options(trained, options, label, text, "sample")
 
     def draw(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         drawn = model.vary(to_float(part).to(rng.device), strength, condition, rng, **chosen)
         return to_uint8(drawn).cpu()
 
-    return _drawn(trained, images, n, seed, _label(trained, label, options), track, draw)
+    said = _said(trained, n, label, text, options)
+    return _drawn(trained, images, n, seed, said, track, draw)
 
 
 def inpaint(
@@ -92,6 +98,7 @@ def inpaint(
     *,
     seed: int = 0,
     label: str | int | None = None,
+    text: str | Sequence[str] | None = None,
     track: Track = iter,
     **options: Any,
 ) -> Tensor:
@@ -104,6 +111,7 @@ def inpaint(
         n: pictures of each.
         seed: of all that is drawn.
         label: what they shall be; None says nothing.
+        text: the same in words; of several, number j of each picture has the j-th, in turn.
         track: shows progress.
         **options: steps, resample (how often each is taken), and all that guides.
 
@@ -120,12 +128,13 @@ def inpaint(
             f"expected booleans of {tuple(images.shape[2:])}, some of them true, where to draw"
         )
     options = trained.opened(options)
-    draw = _painting(trained, options, label)
+    draw = _painting(trained, options, label, text)
 
     def paint(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         return draw(part, mask.expand(len(part), 1, -1, -1), condition, rng)
 
-    return _drawn(trained, images, n, seed, _label(trained, label, options), track, paint)
+    said = _said(trained, n, label, text, options)
+    return _drawn(trained, images, n, seed, said, track, paint)
 
 
 def outpaint(
@@ -136,6 +145,7 @@ def outpaint(
     *,
     seed: int = 0,
     label: str | int | None = None,
+    text: str | Sequence[str] | None = None,
     track: Track = iter,
     **options: Any,
 ) -> Tensor:
@@ -148,6 +158,7 @@ def outpaint(
         n: pictures of each.
         seed: of all that is drawn.
         label: what they shall be; None says nothing.
+        text: the same in words; of several, number j of each picture has the j-th, in turn.
         track: shows progress.
         **options: as `inpaint`.
 
@@ -162,7 +173,7 @@ def outpaint(
     if min(margins) < 0 or not any(margins):
         raise UserError(f"margins of {list(margins)} pixels: expected 0 or more, and some above 0")
     options = trained.opened(options)
-    draw = _painting(trained, options, label)
+    draw = _painting(trained, options, label, text)
     height, width = images.shape[2:]
     windows = [(y, x) for y in _places(top, bottom, height) for x in _places(left, right, width)]
     windows.sort(key=lambda at: abs(at[0] - top) / height + abs(at[1] - left) / width)
@@ -178,7 +189,8 @@ def outpaint(
                 hidden[place] = False
         return canvas
 
-    return _drawn(trained, images, n, seed, _label(trained, label, options), track, paint)
+    said = _said(trained, n, label, text, options)
+    return _drawn(trained, images, n, seed, said, track, paint)
 
 
 def repair(
@@ -188,6 +200,7 @@ def repair(
     *,
     seed: int = 0,
     label: str | int | None = None,
+    text: str | Sequence[str] | None = None,
     track: Track = iter,
     **options: Any,
 ) -> Tensor:
@@ -199,6 +212,7 @@ def repair(
         n: pictures of each.
         seed: of all that is drawn.
         label: what they shall be; None says nothing.
+        text: the same in words; of several, number j of each picture has the j-th, in turn.
         track: shows progress.
         **options: of the family's `sample`.
 
@@ -216,14 +230,15 @@ def repair(
             f"uint8 pictures of {expected}"
         )
     options = trained.opened(options)
-    chosen = _options(trained, options, label, "sample")
+    chosen = _options(trained, options, label, text, "sample")
 
     def draw(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given = to_float(part).to(rng.device)
-        condition = Condition(condition.count, condition.label, source=given)
-        return to_uint8(trained.generator.sample(condition, rng, **chosen)).cpu()
+        told = replace(condition, source=given)
+        return to_uint8(trained.generator.sample(told, rng, **chosen)).cpu()
 
-    return _drawn(trained, sources, n, seed, _label(trained, label, options), track, draw)
+    said = _said(trained, n, label, text, options)
+    return _drawn(trained, sources, n, seed, said, track, draw)
 
 
 def source(trained: Trained) -> Source:
@@ -255,7 +270,7 @@ def sheet(trained: Trained, data: Dataset) -> Image.Image:
     if part.kind == "masked":
         hidden = made[:, -1:] > 0.5
         given = to_uint8(made[:, :-1])
-        draw = _painting(trained, {}, None)
+        draw = _painting(trained, {}, None, None)
         with inference(trained) as where:
             rng = Rng(range(len(images)), where)
             drawn = draw(given, hidden, Condition(len(images)), rng)
@@ -310,13 +325,18 @@ def read_mask(mask: str | Path, pictures: str | Path, side: int) -> Tensor:
 
 
 def told(
-    trained: Trained, given: dict[str, Any], label: str | int | None, verb: str = "sample"
+    trained: Trained,
+    given: dict[str, Any],
+    label: str | int | None,
+    text: str | Sequence[str] | None = None,
+    verb: str = "sample",
 ) -> dict[str, Any]:
     """Return the complete options of a verb, as they are written down: `Trained.options`.
 
-    Without a label nothing is guided by one, whatever the recipe's default.
+    Where nothing is said, nothing is guided by it, whatever the recipe's default.
     """
-    if label is None and given.get("guidance") is None:
+    said = (label, text, given.get("negative"), given.get("guidance"))
+    if all(part is None for part in said):
         given = {**given, "guidance": 1.0}
     return trained.options(given, verb)
 
@@ -363,7 +383,10 @@ def _redrawing(trained: Trained) -> HasRedrawing:
 
 
 def _painting(
-    trained: Trained, opened: dict[str, Any], label: str | int | None
+    trained: Trained,
+    opened: dict[str, Any],
+    label: str | int | None,
+    text: str | Sequence[str] | None,
 ) -> Callable[[Tensor, Tensor, Condition, Rng], Tensor]:
     """Return (images, masks (B, 1, H, W), condition, rng) -> images, the known part untouched."""
     model = trained.model
@@ -371,7 +394,7 @@ def _painting(
     if masks is None or masks.kind != "masked":
         model = _redrawing(trained)  # type: ignore[assignment]
     assert isinstance(model, HasRedrawing)
-    chosen = _options(trained, opened, label, "inpaint")
+    chosen = _options(trained, opened, label, text, "inpaint")
 
     def paint(images: Tensor, mask: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given, hidden = to_float(images).to(rng.device), mask.float().to(rng.device)
@@ -382,15 +405,31 @@ def _painting(
 
 
 def _options(
-    trained: Trained, opened: dict[str, Any], label: str | int | None, verb: str
+    trained: Trained,
+    opened: dict[str, Any],
+    label: str | int | None,
+    text: str | Sequence[str] | None,
+    verb: str,
 ) -> dict[str, Any]:
     """Return the arguments of the family's verb."""
     given = {name: value for name, value in opened.items() if value is not None}
-    return trained.arguments({**told(trained, given, label, verb), **given})
+    return trained.arguments({**told(trained, given, label, text, verb), **given})
 
 
-def _label(trained: Trained, label: str | int | None, opened: dict[str, Any]) -> Tensor | None:
-    return None if label is None else trained.labels(1, label, opened.get("classifier"))
+def _said(
+    trained: Trained,
+    n: int,
+    label: str | int | None,
+    text: str | Sequence[str] | None,
+    opened: dict[str, Any],
+) -> Condition:
+    """Return what is said of the n pictures that are drawn of each."""
+    if n < 1:
+        raise UserError(f"{n} pictures of each were asked for; expected at least 1")
+    labels = None if label is None else trained.labels(n, label, opened.get("classifier"))
+    clip = opened.get("clip")
+    texts = None if text is None and clip is None else trained.texts(n, text, clip)
+    return Condition(n, labels, text=texts)
 
 
 def _drawn(
@@ -398,19 +437,22 @@ def _drawn(
     images: Tensor,
     n: int,
     seed: int,
-    label: Tensor | None,
+    said: Condition,
     track: Track,
     draw: Draw,
 ) -> Tensor:
-    """Draw n of each picture, in batches: uint8 (N, n, ...)."""
-    if n < 1:
-        raise UserError(f"{n} pictures of each were asked for; expected at least 1")
-    made, start = [], seed
+    """Draw n of each picture, of which `said` is said, in batches: uint8 (N, n, ...)."""
+    made, start = [], 0
     parts: Sequence[Tensor] = images.repeat_interleave(n, dim=0).split(BATCH)
     with inference(trained) as where:
         for part in track(parts):
-            labels = None if label is None else label.expand(len(part)).to(where)
-            rng = Rng(range(start, start + len(part)), where)
-            made.append(draw(part, Condition(len(part), labels), rng))
+            places = [(start + k) % n for k in range(len(part))]
+            condition = Condition(
+                len(part),
+                label=None if said.label is None else said.label[places].to(where),
+                text=None if said.text is None else [said.text[k] for k in places],
+            )
+            rng = Rng(range(seed + start, seed + start + len(part)), where)
+            made.append(draw(part, condition, rng))
             start += len(part)
     return torch.cat(made).unflatten(0, (len(images), n))

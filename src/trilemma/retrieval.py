@@ -26,11 +26,12 @@ from trilemma.data.cache import cache_root, digest_of
 from trilemma.data.decode import decode
 from trilemma.data.listing import Source, Unusable
 from trilemma.data.named import find
+from trilemma.drawing import grid
 from trilemma.errors import UserError
 from trilemma.metrics.reference import thinned
 from trilemma.metrics.retrieval import accuracy, class_vectors, recalls
 from trilemma.model import Matches
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 AT = (1, 5, 10)
 LIMIT = 5000  # pictures that retrieval is measured on: its table grows with their square

@@ -23,6 +23,9 @@ from trilemma.optim import OPTIMIZERS
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
 
+UNLIKE = ("about", "run.data", "run.length")  # of a recipe, what may differ when a run goes on,
+FREE = ("compile", "grids", "log_every", "save_every", "watches")  # and of [train], which is told
+
 
 class Run:
     """What the training loop moves, and what a checkpoint holds.
@@ -165,8 +168,14 @@ class Run:
         checkpoint.write(self.out / "model.safetensors", lora.merged(self.average), shared)
         adapters.write(self.out, self.average, shared)
 
-    def restore(self, keep_length: bool) -> None:
+    def restore(self, keep_length: bool) -> list[str]:
         """Take up the state in the run folder, and its length too if `keep_length`.
+
+        What does not change what is learned may have changed: how sampling is done if nothing is
+        said, how often the run is saved, logged and looked at, whether it is compiled.
+
+        Returns:
+            What has changed, for people.
 
         Raises:
             UserError: there is none, or it is of another recipe or other data.
@@ -175,12 +184,15 @@ class Run:
         if not path.exists():
             raise UserError(f"there is nothing to resume in {self.out}; leave out --resume")
         tensors, facts = checkpoint.read(path)
-        differs = _differences(json.loads(json.dumps(self.spec)), facts["recipe"])
-        if differs:
-            raise UserError(
-                f"{self.out} was trained with another recipe: {differs[0]}; resume with the same "
-                f"recipe and settings, or start anew in another --out (--init {self.out})"
-            )
+        told = []
+        for place, differs in _differences(json.loads(json.dumps(self.spec)), facts["recipe"]):
+            if place not in [f"train.{name}" for name in FREE] and place.split(".")[0] != "sample":
+                raise UserError(
+                    f"{self.out} was trained with another recipe: {differs}; resume with the same "
+                    f"recipe and settings, or start anew in another --out (--init {self.out}); "
+                    f"[sample] may change, and of [train] {', '.join(FREE)}"
+                )
+            told.append(differs)
         if facts["data"]["fingerprint"] != self.data.fingerprint:
             raise UserError(
                 f"the pictures have changed since {self.out} was begun; restore them, or start "
@@ -200,6 +212,7 @@ class Run:
         if keep_length:
             self.spec["run"]["length"] = facts["recipe"]["run"]["length"]
             self.length = Length(**self.spec["run"]["length"])
+        return told
 
 
 def captions(data: Dataset, most: int = 100) -> list[str]:
@@ -209,14 +222,12 @@ def captions(data: Dataset, most: int = 100) -> list[str]:
     return list(dict.fromkeys(text for text in told if text))
 
 
-def _differences(new: Any, old: Any, path: str = "") -> list[str]:
-    """List what differs between two nested specs, as `key: new here, old there`."""
+def _differences(new: Any, old: Any, path: str = "") -> list[tuple[str, str]]:
+    """List what differs between two nested specs: its place, and `place is new now and was old`."""
+    if path in UNLIKE:
+        return []
     if isinstance(new, dict) and isinstance(old, dict):
-        keys = list(dict.fromkeys([*new, *old]))
-        return [
-            found
-            for key in keys
-            if f"{path}.{key}" not in (".about", "run.length", "run.data")
-            for found in _differences(new.get(key), old.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if new == old else [f"{path} is {new} now and was {old}"]
+        keys = dict.fromkeys([*new, *old])
+        parts = ((new.get(key), old.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return [found for part in parts for found in _differences(*part)]
+    return [] if new == old else [(path, f"{path} is {new} now and was {old}")]

@@ -25,20 +25,20 @@ from trilemma import (
     checkpoint,
     device,
     distributed,
+    drawing,
     edit,
     finetune,
     latents,
     preservation,
     recipe,
     redraw,
-    sampling,
     signals,
     translation,
     upscale,
 )
 from trilemma.batch import Batch, to_float
 from trilemma.conditioning import reads_text
-from trilemma.data import Dataset, batches
+from trilemma.data import Dataset, batches, bucketed, load_buckets
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
@@ -100,7 +100,7 @@ def train(
     where = device.pick(device_name)
     rank, world = distributed.start(where)
     spec = recipe.override(recipe.load(name), overrides)
-    asks = spec.get("data", {})
+    asks, source = spec.get("data", {}), data
     if not isinstance(data, Dataset):
         data = load_data(
             data,
@@ -143,6 +143,20 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
+    sets = [data]
+    if asks.get("buckets"):
+        if not model.any_size or isinstance(source, Dataset) or (tuning and tuning.preserve):
+            raise UserError(
+                "data.buckets is for diffusion models of pictures given by path or name, without "
+                f"--preserve; leave it out of this run of {Path(name).stem}"
+            )
+        sets = load_buckets(
+            source,
+            data.shape[1],
+            multiple=asks.get("multiple", 1),
+            channels=data.shape[0],
+            captions=asks.get("captions", ()),
+        )
     if reads_text(model) and not any(data.text or ()):
         raise UserError(
             f"{Path(name).stem} learns to draw by captions and {data.name} has none; expected "
@@ -166,7 +180,7 @@ def train(
     at_most = length or Length(images=settings.images)
     run = Run(model, spec, settings, at_most, data, out, rank, where)
     if resume:
-        run.restore(keep_length=length is None)
+        notes += run.restore(keep_length=length is None)
     elif (out / "training").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
     distributed.barrier()  # all have looked at the folder before the first process writes to it
@@ -179,12 +193,16 @@ def train(
         weight = tuning.preserve_weight
         stream = preservation.mixed(data, out, settings.batch, weight, seed=seed, **place)
     else:
-        kept = None
+        kept: list[np.ndarray | None] = [None] * len(sets)
         if settings.cache and run.length.done(run.progress) < 1.0:
             started = time.perf_counter()
-            kept = latents.keep(model, data, flip, run.length, settings.batch, where)
+            known = (flip, run.length, settings.batch, where, sum(map(len, sets)))
+            kept = [latents.keep(model, each, *known) for each in sets]
             run.progress.elapsed += time.perf_counter() - started  # encoding pictures is training
-        stream = batches(data, settings.batch, seed=seed, kept=kept, **place)
+        if asks.get("buckets"):
+            stream = bucketed(sets, settings.batch, seed=seed, kept=kept, **place)
+        else:
+            stream = batches(data, settings.batch, seed=seed, kept=kept[0], **place)
     with signals.caught() as asked:
         loop(run, stream, asked, probe, probes, quiet, notes)
     return run.trained()
@@ -257,7 +275,7 @@ def loop(
     try:
         for note in [*notes, *([_skipped(run.data)] if run.data.skipped else [])]:
             log.say(note)
-        if first and progress.step == 0:
+        if first:
             run.write_recipe()
         if progress.step == 0:
             run.save()
@@ -440,9 +458,9 @@ def _draw_grid(run: Run) -> None:
         columns, texts = (10 if trained.conditional else 8), trained.texts(n, None)
         images = trained.sample(n)
         if texts is not None:
-            sheet = sampling.captioned(images, texts, columns)
+            sheet = drawing.captioned(images, texts, columns)
         else:
-            sheet = sampling.grid(images, columns)
+            sheet = drawing.grid(images, columns)
     sheet.save(folder / f"{run.progress.seen:09d}.png")
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data import Dataset
+from trilemma.drawing import grid
 from trilemma.errors import UserError
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 SHOWN = 16  # pictures of each domain on a sheet
 

@@ -25,10 +25,11 @@ from trilemma.data import Dataset
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
+from trilemma.drawing import grid
 from trilemma.errors import UserError
 from trilemma.metrics.restoration import luma, psnr, ssim
 from trilemma.networks.srresnet import Generator
-from trilemma.sampling import Trained, grid
+from trilemma.sampling import Trained
 
 TILE = 128  # low resolution pixels of a tile without its margins
 SHOWN = 16  # pictures on a sheet

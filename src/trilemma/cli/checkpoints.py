@@ -33,6 +33,12 @@ def finetune(
     ] = None,
     dropout: Annotated[float, typer.Option(help="Share of captions left out.")] = 0.1,
     size: Size = None,
+    buckets: Annotated[
+        bool,
+        typer.Option(
+            "--buckets", help="Keep pictures near their proportions; else cut squares out of them."
+        ),
+    ] = False,
     parts: Annotated[
         Path | None, typer.Option(help="A diffusers folder, for what a single file lacks.")
     ] = None,
@@ -59,7 +65,15 @@ def finetune(
         recompute=recompute,
     )
     told = tune(
-        path, data, out, tuning, size=size, device_name=device, precision=precision, parts=parts
+        path,
+        data,
+        out,
+        tuning,
+        size=size,
+        buckets=buckets,
+        device_name=device,
+        precision=precision,
+        parts=parts,
     )
     losses = [
         loss for _, loss in track(told, "learning", total=steps, console=screen, transient=True)

@@ -65,7 +65,7 @@ def sample(
     picture_size: Annotated[
         str | None,
         typer.Option(
-            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="the checkpoint's own"
+            "--size", metavar="WIDTHxHEIGHT", help="In pixels.", show_default="as it was trained on"
         ),
     ] = None,
     attributes: Annotated[
@@ -152,14 +152,15 @@ def sample(
     }
     from rich.progress import track
 
-    from trilemma import sampling
+    from trilemma import drawing, sampling
     from trilemma.stable import load as checkpoints
 
     texts = [*(text or []), *(lines(text_file) if text_file else [])]
-    of_pictures = {"image": image, "strength": strength, "mask": mask, "size": picture_size}
+    of_pictures = {"image": image, "strength": strength, "mask": mask}
     if checkpoints.recognises(run):
         n = n or 1
         chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_pictures}
+        chosen["size"] = picture_size
         chosen["text"] = texts
         paths = _checkpoint(run, out, n, seed, batch or 1, device, chosen)
     else:
@@ -167,12 +168,14 @@ def sample(
             if value is not None:
                 raise UserError(f"{run} is a run, which --{name} says nothing to; leave it out")
         trained = sampling.load(run, device, lora or ())
+        if picture_size is not None:
+            chosen["size"] = list(pixels(picture_size)[::-1])  # height and width
         if attributes is not None:
             chosen["attributes"] = [name.strip() for name in attributes.split(",") if name.strip()]
         if texts or text_file is not None:
             chosen["text"] = texts
         n = n or (64 if not texts else 16 if len(texts) == 1 else len(texts))
-        paths = sampling.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
+        paths = drawing.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})

@@ -26,6 +26,7 @@ from trilemma.cli.shared import (
     upper_part,
     wrote,
 )
+from trilemma.errors import UserError
 
 
 @edit_app.command("reconstruct")
@@ -35,7 +36,7 @@ def edit_reconstruct(
     """Encode pictures and decode them: what the model keeps. The sheet shows both, side by side."""
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
@@ -43,7 +44,7 @@ def edit_reconstruct(
     facts = {"edit": "reconstruct", "pictures": names}
     paths = edit.save(trained, made, out, facts, columns=8)
     pairs = torch.stack([images, made], 1).flatten(0, 1)
-    sampling.grid(pairs[:128], 8).save(paths[-1])
+    drawing.grid(pairs[:128], 8).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -115,7 +116,7 @@ def edit_complete(
     """
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
 
     share = upper_part(keep)
     trained = sampling.load(run, device)
@@ -128,7 +129,7 @@ def edit_complete(
     given = images.clone()
     given[:, :, round(share * images.shape[2]) :] = 128
     rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -153,7 +154,7 @@ def edit_denoise(
     """Remove Gaussian noise. The sheet shows each picture with its noise and without."""
     import torch
 
-    from trilemma import edit, sampling
+    from trilemma import drawing, edit, sampling
     from trilemma.metrics.restoration import psnr
 
     trained = sampling.load(run, device)
@@ -164,7 +165,7 @@ def edit_denoise(
     paths = edit.save(trained, made, out, facts, columns=8)
     shown = [noisy, made] if noise is None else [images, noisy, made]
     sheet = torch.stack(shown, 1).flatten(0, 1)
-    sampling.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
+    drawing.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
     told = {}
     if noise is not None:
         before, after = (float(psnr(each, images).mean()) for each in (noisy, made))
@@ -175,9 +176,28 @@ def edit_denoise(
 
 Each = Annotated[int, typer.Option("-n", "--n", min=1, help="Pictures drawn of each.")]
 Label = Annotated[str | None, typer.Option(help="A class.", show_default="nothing is said")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(help="What to draw, of a model that reads words; several: in turn."),
+]
+Negative = Annotated[str | None, typer.Option(help="What not to draw; with a guidance above 1.")]
 Resample = Annotated[
     int | None, typer.Option(min=1, help="How often each step is taken.", show_default="10")
 ]
+
+
+def _loaded(run: Path, device: str | None) -> Any:
+    """Load a run; raises UserError for a checkpoint from elsewhere, with the command for that."""
+    from trilemma import sampling
+    from trilemma.stable import load
+
+    if load.recognises(run):
+        raise UserError(
+            f"{run} is a checkpoint from elsewhere, which changes pictures in trilemma sample: "
+            f'trilemma sample {run} --image PICTURE --strength 0.8 --text "..." --out DIR, with '
+            "--mask MASK for a part of it"
+        )
+    return sampling.load(run, device)
 
 
 @edit_app.command("vary")
@@ -189,6 +209,8 @@ def edit_vary(
     n: Each = 4,
     seed: Seed = 0,
     label: Label = None,
+    text: Text = None,
+    negative: Negative = None,
     steps: Steps = None,
     solver: Solver = None,
     guidance: Guidance = None,
@@ -202,17 +224,24 @@ def edit_vary(
     """
     import torch
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw
 
-    trained = sampling.load(run, device)
+    trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
-    made = redraw.vary(trained, images, strength, n, seed=seed, label=label, track=track, **chosen)
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "negative": negative,
+    }
+    chosen |= options(option or [])
+    said: dict[str, Any] = {"label": label, "text": text or None}
+    made = redraw.vary(trained, images, strength, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "vary", "pictures": names, "strength": strength, "seed": seed}
-    facts |= {"label": label, "sample": redraw.told(trained, chosen, label)}
+    facts |= {**said, "sample": redraw.told(trained, chosen, **said)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     rows = torch.cat([images[:, None], made], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -232,6 +261,8 @@ def edit_inpaint(
     n: Each = 4,
     seed: Seed = 0,
     label: Label = None,
+    text: Text = None,
+    negative: Negative = None,
     steps: Steps = None,
     resample: Resample = None,
     guidance: Guidance = None,
@@ -245,19 +276,26 @@ def edit_inpaint(
     """
     import torch
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw
 
-    trained = sampling.load(run, device)
+    trained = _loaded(run, device)
     names, images = read(trained, pictures)
     hidden = redraw.read_mask(mask, pictures, images.shape[2])
-    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
-    made = redraw.inpaint(trained, images, hidden, n, seed=seed, label=label, track=track, **chosen)
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "resample": resample,
+        "guidance": guidance,
+        "negative": negative,
+    }
+    chosen |= options(option or [])
+    said: dict[str, Any] = {"label": label, "text": text or None}
+    made = redraw.inpaint(trained, images, hidden, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "inpaint", "pictures": names, "mask": str(mask), "seed": seed}
-    facts |= {"label": label, "sample": redraw.told(trained, chosen, label, "inpaint")}
+    facts |= {**said, "sample": redraw.told(trained, chosen, **said, verb="inpaint")}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = torch.where(hidden, 128, images)
     rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -273,6 +311,8 @@ def edit_outpaint(
     n: Each = 1,
     seed: Seed = 0,
     label: Label = None,
+    text: Text = None,
+    negative: Negative = None,
     steps: Steps = None,
     resample: Resample = None,
     guidance: Guidance = None,
@@ -281,18 +321,22 @@ def edit_outpaint(
     as_json: Json = False,
 ) -> None:
     """Extend the canvas: draw what is beyond the borders."""
-    from trilemma import edit, redraw, sampling
+    from trilemma import edit, redraw
 
-    trained = sampling.load(run, device)
+    trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen = {"steps": steps, "resample": resample, "guidance": guidance, **options(option or [])}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "resample": resample,
+        "guidance": guidance,
+        "negative": negative,
+    }
+    chosen |= options(option or [])
+    said: dict[str, Any] = {"label": label, "text": text or None}
     margins = (top, bottom, left, right)
-    made = redraw.outpaint(
-        trained, images, margins, n, seed=seed, label=label, track=track, **chosen
-    )
+    made = redraw.outpaint(trained, images, margins, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "outpaint", "pictures": names, "margins": margins}
-    facts |= {"seed": seed, "label": label}
-    facts |= {"sample": redraw.told(trained, chosen, label, "inpaint")}
+    facts |= {"seed": seed, **said, "sample": redraw.told(trained, chosen, **said, verb="inpaint")}
     wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=max(n, 4)), as_json)
 
 
@@ -304,6 +348,8 @@ def edit_repair(
     n: Each = 1,
     seed: Seed = 0,
     label: Label = None,
+    text: Text = None,
+    negative: Negative = None,
     steps: Steps = None,
     solver: Solver = None,
     guidance: Guidance = None,
@@ -318,19 +364,26 @@ def edit_repair(
     import torch
     import torch.nn.functional as F
 
-    from trilemma import edit, redraw, sampling
+    from trilemma import drawing, edit, redraw, sampling
 
     trained = sampling.load(run, device)
     part = redraw.source(trained)
     names, sources = read(trained, pictures, part.shape)
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
-    made = redraw.repair(trained, sources, n, seed=seed, label=label, track=track, **chosen)
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "negative": negative,
+    }
+    chosen |= options(option or [])
+    said: dict[str, Any] = {"label": label, "text": text or None}
+    made = redraw.repair(trained, sources, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
-    facts |= {"seed": seed, "label": label, "sample": redraw.told(trained, chosen, label)}
+    facts |= {"seed": seed, **said, "sample": redraw.told(trained, chosen, **said)}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
     rows = torch.cat([given[:, None], made], 1)[:64]
-    sampling.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
     wrote(paths, as_json)
 
 
@@ -353,7 +406,7 @@ def edit_variations(
     """
     import torch
 
-    from trilemma import edit, sampling, variation
+    from trilemma import drawing, edit, sampling, variation
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
@@ -362,7 +415,7 @@ def edit_variations(
     facts: dict[str, Any] = {"edit": "variations", "pictures": names, "seed": seed}
     paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     rows = torch.cat([images[:, None], made], 1)[:16]
-    sampling.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
+    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
     wrote(paths, as_json)
 
 

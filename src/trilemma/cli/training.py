@@ -49,6 +49,14 @@ def train(
             "Several are told in turn.",
         ),
     ] = None,
+    buckets: Annotated[
+        bool,
+        typer.Option(
+            "--buckets",
+            help="Keep pictures near their proportions, for diffusion models; else cut squares "
+            "out of them.",
+        ),
+    ] = False,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     init: Annotated[
@@ -83,6 +91,7 @@ def train(
     from trilemma.training import train as run
 
     asked_of_data = [f"data.captions={json.dumps(captions)}"] if captions else []
+    asked_of_data += ["data.buckets=true"] * buckets
     tuning = {
         "mode": tune,
         "rank": rank,

@@ -10,7 +10,7 @@ one network learns the conditional and the unconditional distribution: Ho & Sali
 - Source: another picture beside the noisy one, as channels: a small one for super-resolution
   (Saharia et al. 2022, "Image Super-Resolution via Iterative Refinement"), a grey one for
   colourisation, one with a hole for inpainting (Saharia et al. 2022, "Palette").
-- Text: captions, by a transformer that learns with the model, or a pretrained one held still; as
+- Text: captions, by a transformer that learns with the model, or a pretrained one; as
   tokens to attend to (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
   Models", section 3.3) and as a vector, joined to the time (Podell et al. 2023, "SDXL",
   section 2.1).
@@ -24,6 +24,7 @@ from __future__ import annotations
 from trilemma.conditioning.base import Conditioner, Together
 from trilemma.conditioning.clip import ClipImage, ClipText, reads_text
 from trilemma.conditioning.labels import Attributes, LabelChannels, Labels
+from trilemma.conditioning.pretrained import Pretrained
 from trilemma.conditioning.source import (
     SOURCES,
     Source,
@@ -33,7 +34,7 @@ from trilemma.conditioning.source import (
     shrink,
     source_of,
 )
-from trilemma.conditioning.text import Pretrained, Text
+from trilemma.conditioning.text import Text
 
 __all__ = [
     "Attributes",

@@ -18,7 +18,7 @@ from PIL import ImageColor
 
 from trilemma.data.cache import Settings, open_cache
 from trilemma.data.check import check, describe
-from trilemma.data.dataset import Dataset, batches
+from trilemma.data.dataset import Dataset, batches, bucketed
 from trilemma.data.decode import decode
 from trilemma.data.listing import Unusable
 from trilemma.data.named import NAMES, find
@@ -26,7 +26,17 @@ from trilemma.errors import UserError
 
 Read = Callable[[], bytes | np.ndarray]
 
-__all__ = ["NAMES", "Dataset", "batches", "check", "describe", "load", "pictures"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "batches",
+    "bucketed",
+    "check",
+    "describe",
+    "load",
+    "load_buckets",
+    "pictures",
+]
 
 
 def load(
@@ -59,6 +69,33 @@ def load(
         captions: templates over what is known of each picture, "{name} emoji": see `captions`. They
             take the place of the captions there are, which are `{text}`.
     """
+    settings = Settings(size, multiple, channels, background, tiles, tuple(captions))
+    (made,) = _load(source, split, settings)
+    return made
+
+
+def load_buckets(
+    source: str | Path,
+    size: int,
+    *,
+    split: str = "train",
+    multiple: int = 1,
+    channels: int | None = None,
+    background: str = "white",
+    captions: Sequence[str] = (),
+) -> list[Dataset]:
+    """Load pictures in a few sizes of about size x size pixels, each as near its own as can be.
+
+    Returns one Dataset for each size that any picture has (`buckets`), of the same classes; other
+    arguments as `load`.
+    """
+    settings = Settings(size, multiple, channels, background, False, tuple(captions), buckets=True)
+    return _load(source, split, settings)
+
+
+def _load(source: str | Path, split: str, settings: Settings) -> list[Dataset]:
+    """Return one split of the pictures, for each size they have."""
+    size, multiple, channels = settings.size, settings.multiple, settings.channels
     if split not in ("train", "test", "all"):
         raise ValueError(f"split is {split!r}; expected train, test or all")
     if channels not in (None, 1, 3):
@@ -66,13 +103,11 @@ def load(
     if (size is not None and size < 1) or multiple < 1:
         raise ValueError(f"size {size} and multiple {multiple} should be positive")
     try:
-        ImageColor.getrgb(background)
+        ImageColor.getrgb(settings.background)
     except ValueError:
-        raise UserError(f"{background!r} is no colour; expected a name or #rrggbb") from None
-    found = find(source)
-    settings = Settings(size, multiple, channels, background, tiles, tuple(captions))
-    folder = open_cache(found, settings)
-    return _open(folder, str(source), split)
+        told = f"{settings.background!r} is no colour; expected a name or #rrggbb"
+        raise UserError(told) from None
+    return _open(open_cache(find(source), settings), str(source), split)
 
 
 def pictures(
@@ -114,40 +149,54 @@ def pictures(
     return list(taken), torch.from_numpy(np.stack(list(taken.values()))), skipped
 
 
-def _open(folder: Path, name: str, split: str) -> Dataset:
-    """Return one split of the cache in `folder`."""
+def _open(folder: Path, name: str, split: str) -> list[Dataset]:
+    """Return one split of the cache in `folder`, for each size of its pictures."""
     meta = json.loads((folder / "meta.json").read_text())
-    rows = _rows(meta["counts"], split)
-    source_rows = _rows(meta["source_counts"], split)
-    if rows.start == rows.stop:
+    part = _rows(meta["counts"], split)
+    if part.start == part.stop:
         counts = ", ".join(f"{count} {part}" for part, count in meta["counts"].items())
         raise UserError(f"{name} has no pictures in its split {split!r} (it has {counts})")
 
-    def array(file: str, part: slice) -> np.ndarray | None:
+    def array(file: str, rows: slice = part) -> np.ndarray | None:
         path = folder / file
-        return np.load(path, mmap_mode="r")[part] if path.exists() else None
+        return np.load(path, mmap_mode="r")[rows] if path.exists() else None
 
-    images = array("images.npy", rows)
-    assert images is not None
-    label, attributes = array("label.npy", rows), array("attributes.npy", rows)
+    label, attributes = array("label.npy"), array("attributes.npy")
     file = folder / "text.json"
-    texts = json.loads(file.read_text())[rows] if file.exists() else None
-    several = texts is not None and any(isinstance(text, list) for text in texts)
-    captions = [text if isinstance(text, list) else [text] for text in texts or []]
-    return Dataset(
-        name=name,
-        split=split,
-        fingerprint=f"{folder.name}-{split}",
-        images=images,
-        label=None if label is None else np.array(label),
-        label_names=meta["label_names"],
-        attributes=None if attributes is None else np.array(attributes),
-        attribute_names=meta["attribute_names"],
-        text=None if texts is None else [each[0] for each in captions],
-        captions=captions if several else None,
-        source=array("source.npy", source_rows),
-        skipped=meta["unusable"],
-    )
+    texts = json.loads(file.read_text())[part] if file.exists() else None
+
+    def made(images: np.ndarray, rows: np.ndarray, fingerprint: str) -> Dataset:
+        told = None if texts is None else [texts[row] for row in rows]
+        captions = [text if isinstance(text, list) else [text] for text in told or []]
+        several = any(len(each) > 1 for each in captions)
+        return Dataset(
+            name=name,
+            split=split,
+            fingerprint=fingerprint,
+            images=images,
+            label=None if label is None else label[rows],
+            label_names=meta["label_names"],
+            attributes=None if attributes is None else attributes[rows],
+            attribute_names=meta["attribute_names"],
+            text=None if told is None else [each[0] for each in captions],
+            captions=captions if several else None,
+            source=array("source.npy", _rows(meta["source_counts"], split)),
+            skipped=meta["unusable"],
+        )
+
+    bucket = array("bucket.npy", slice(None))
+    if bucket is None:
+        images = array("images.npy")
+        assert images is not None
+        return [made(images, np.arange(len(images)), f"{folder.name}-{split}")]
+    found = []
+    for k, (height, width) in enumerate(meta["buckets"]):
+        before, rows = np.sum(bucket[: part.start] == k), np.flatnonzero(bucket[part] == k)
+        size = f"{height}x{width}"
+        images = array(f"{size}.npy", slice(before, before + len(rows)))
+        if images is not None and len(rows):
+            found.append(made(images, rows, f"{folder.name}-{split}-{size}"))
+    return found
 
 
 def _rows(counts: dict[str, int], split: str) -> slice:

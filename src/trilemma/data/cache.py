@@ -3,7 +3,8 @@
     $XDG_CACHE_HOME/trilemma/data/            (~/.cache when unset; may be deleted at any time)
         index/<signature and settings>.json   -> the key
         <key>/                                images.npy source.npy label.npy attributes.npy
-                                              text.json meta.json files.json
+                                              text.json meta.json files.json; of buckets
+                                              HEIGHTxWIDTH.npy and bucket.npy for images.npy
 
 The signature is made of names, sizes and times, so a changed folder is noticed without reading it.
 The key is a hash of the files' contents, of all that is known of them and of the settings, so a
@@ -36,8 +37,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from trilemma.data import buckets
+from trilemma.data.buckets import Size
 from trilemma.data.captions import compose
-from trilemma.data.decode import Header, decode, read_header, tiles
+from trilemma.data.decode import Header, fitted, read_header, tiles
 from trilemma.data.listing import Item, Listing, Source, Unusable
 from trilemma.errors import UserError
 
@@ -58,6 +61,7 @@ class Settings:
     background: str
     tiles: bool = False
     captions: tuple[str, ...] = ()
+    buckets: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,7 @@ def _key(
 ) -> str:
     record: list[Any] = [VERSION, side, settings.channels, settings.background, listing.layout]
     record += ["tiles"] * settings.tiles  # caches without them keep the key they had
+    record += ["buckets", settings.multiple] * settings.buckets
     record += [
         listing.label_names,
         listing.attribute_names,
@@ -229,17 +234,19 @@ def _write(
     folder: Path,
 ) -> None:
     """Decode the pictures and write everything into `folder`."""
+    known = buckets.sizes(side, settings.multiple) if settings.buckets else [(side, side)]
 
     def pixels(one: Scanned) -> list[np.ndarray] | str:
         try:
             content = source.read(one.item.path)
             if settings.tiles:
                 return tiles(content, side, settings.background, grey=settings.channels == 1)
-            return [decode(content, side, settings.background, grey=settings.channels == 1)]
+            return [fitted(content, known, settings.background, grey=settings.channels == 1)]
         except Unusable as error:
             return str(error)
 
     kept: list[Scanned] = []
+    places: list[tuple[int, Size]] = []  # of each in the raw file, and its height and width
     grey = settings.channels != 3
     # The order and the channels are known when all is decoded: first 3 channels in reading order.
     raw = folder / "raw"
@@ -252,7 +259,9 @@ def _write(
                 continue
             for picture in result:  # the tiles of one picture, or the picture
                 grey = grey and len(picture) == 1
-                stream.write(np.broadcast_to(picture, (3, side, side)).tobytes())
+                size = picture.shape[1:]
+                places.append((stream.tell(), size))
+                stream.write(np.broadcast_to(picture, (3, *size)).tobytes())
                 kept.append(one)
     wanted = [one for one in kept if one.item.domain == "image"]
     if not wanted:
@@ -264,19 +273,27 @@ def _write(
     order = sorted(range(len(kept)), key=lambda row: rank[kept[row].item.path])
     images = [row for row in order if kept[row].item.domain == "image"]
     others = [row for row in order if kept[row].item.domain == "source"]
-    shape = (1 if grey else 3, side, side)
-    _gather(raw, images, shape, folder / "images.npy")
-    if others:
-        _gather(raw, others, shape, folder / "source.npy")
+    channels = 1 if grey else 3
+    found = [size for size in known if any(places[row][1] == size for row in images)]
+    for size in found:
+        rows = [places[row][0] for row in images if places[row][1] == size]
+        name = f"{size[0]}x{size[1]}" if settings.buckets else "images"
+        _gather(raw, rows, (channels, *size), folder / f"{name}.npy")
+    if settings.buckets:
+        bucket = [found.index(places[row][1]) for row in images]
+        np.save(folder / "bucket.npy", np.array(bucket, np.int64))
+    elif others:
+        starts = [places[row][0] for row in others]
+        _gather(raw, starts, (channels, side, side), folder / "source.npy")
     raw.unlink()
-    rows = [kept[row].item for row in images]
+    items = [kept[row].item for row in images]
     if listing.label_names:
         number = {name: k for k, name in enumerate(listing.label_names)}
-        np.save(folder / "label.npy", np.array([number[str(r.label)] for r in rows], np.int64))
+        np.save(folder / "label.npy", np.array([number[str(i.label)] for i in items], np.int64))
     if listing.attribute_names:
-        np.save(folder / "attributes.npy", np.array([r.attributes for r in rows], np.uint8))
-    if any(row.text for row in rows):
-        texts = [[r.text, *r.more] if r.more else r.text for r in rows]
+        np.save(folder / "attributes.npy", np.array([i.attributes for i in items], np.uint8))
+    if any(item.text for item in items):
+        texts = [[i.text, *i.more] if i.more else i.text for i in items]
         (folder / "text.json").write_text(json.dumps(texts))
     files = [
         {"path": one.item.path, "sha256": one.digest, "split": split, "label": one.item.label,
@@ -284,15 +301,16 @@ def _write(
         for one, split in zip((kept[r] for r in order), (splits[r] for r in order), strict=True)
     ]  # fmt: skip
     (folder / "files.json").write_text(json.dumps(files))
-    count = {s: sum(rank[row.path] == k for row in rows) for k, s in enumerate(_SPLITS)}
+    count = {s: sum(rank[item.path] == k for item in items) for k, s in enumerate(_SPLITS)}
     other = {s: sum(rank[kept[r].item.path] == k for r in others) for k, s in enumerate(_SPLITS)}
     meta = {
         "container": source.container,
         "layout": listing.layout,
-        "shape": shape,
+        "shape": [channels, side, side],
+        "buckets": found if settings.buckets else [],
         "counts": count,
         "source_counts": other,
-        "split_rule": "given" if any(r.split for r in rows) else "by content",
+        "split_rule": "given" if any(item.split for item in items) else "by content",
         "label_names": listing.label_names,
         "attribute_names": listing.attribute_names,
         "notes": listing.notes,
@@ -312,15 +330,15 @@ def _splits(kept: list[Scanned]) -> list[str]:
     return ["test" if one.digest in test else "train" for one in kept]
 
 
-def _gather(raw: Path, rows: list[int], shape: tuple[int, int, int], target: Path) -> None:
-    """Write the pictures `rows` of the file `raw`, in that order and shape, as `target`."""
-    channels, side, _ = shape
-    pictures = np.memmap(raw, np.uint8, "r").reshape(-1, 3, side, side)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
+def _gather(raw: Path, starts: list[int], shape: tuple[int, int, int], target: Path) -> None:
+    """Write the pictures that begin at `starts` of the file `raw` as `target`, in that order."""
+    channels, height, width = shape
+    whole = np.memmap(raw, np.uint8, "r")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(starts), *shape)}
     with target.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
-        for start in range(0, len(rows), _WINDOW):
-            stream.write(pictures[rows[start : start + _WINDOW], :channels].tobytes())
+        for start in starts:  # channels are apart, so the first ones are the first bytes
+            stream.write(whole[start : start + channels * height * width].tobytes())
 
 
 def _hash(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from trilemma.data import buckets
 from trilemma.data.cache import NATIVE_LIMIT, TEST_SHARE, Settings, cache_root, open_cache
 from trilemma.data.listing import suffix
 from trilemma.data.named import find
@@ -24,6 +25,7 @@ SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jfif"}, "PNG": {".png"}, "WEBP": {".webp"}, "GIF": {".gif"},
     "BMP": {".bmp"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm"}, "AVIF": {".avif"},
 }  # fmt: skip
+_BUCKETS = 512, 8  # side and multiple of Stable Diffusion's pictures
 _NEAR_LEVELS = 5.0
 _MOST_COMPARED = 20_000
 _LISTED = 20
@@ -78,6 +80,7 @@ def check(path: str | Path, size: int | None = None) -> dict[str, Any]:
         "splits": meta["counts"],
         "source_splits": meta["source_counts"],
         "tiles": _tiles(files, meta["shape"][-1]),
+        "buckets": _buckets(pictures, size),
         "split_rule": meta["split_rule"],
         "exact_duplicates": duplicates,
         "near_duplicates": near,
@@ -93,6 +96,15 @@ def _tiles(files: list[dict[str, Any]], side: int) -> dict[str, int]:
     """Return the squares that recipes which enlarge pictures would cut, and what is too small."""
     cut = [(file["width"] // side) * (file["height"] // side) for file in files]
     return {"side": side, "count": sum(cut), "too_small": cut.count(0)}
+
+
+def _buckets(files: list[dict[str, Any]], size: int | None) -> dict[str, Any]:
+    """Return how many pictures `trilemma finetune --buckets` would bring to which sizes."""
+    side, multiple = _BUCKETS
+    side = max(size or side, side // 2)
+    among = buckets.sizes(side, multiple)
+    found = (buckets.nearest(among, file["height"], file["width"]) for file in files)
+    return {"side": side, "sizes": _counts(f"{wide}x{high}" for high, wide in found)}
 
 
 def _counts(values: Any) -> dict[str, int]:
@@ -238,6 +250,10 @@ def describe(report: dict[str, Any]) -> str:
             f"  tiles       {tiles['count']} of {side} x {side} for recipes that enlarge pictures "
             f"(srresnet, srgan), which shrink them to make the pairs{small}"
         )
+    sizes = report["buckets"]["sizes"]
+    if len(sizes) > 1 and not _unpaired(report):
+        side = report["buckets"]["side"]
+        lines.append(f"  buckets     {_some(sizes)}, for trilemma finetune --buckets --size {side}")
     for title in ("sizes", "modes", "formats", "classes", "attributes"):
         if report[title]:
             lines.append(f"  {title:<11} {_some(report[title])}")

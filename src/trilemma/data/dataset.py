@@ -15,16 +15,18 @@ processes, sees exactly the pictures that an uninterrupted single process sees.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trilemma.batch import Batch, Condition, Rng, to_float
+from trilemma.data.buckets import turn
 
 # These keep the uses of h apart.
-_ORDER, _STREAM, _FLIP, _SOURCE_ORDER, _SOURCE_FLIP, _CAPTION = range(1, 7)
+_ORDER, _STREAM, _FLIP, _SOURCE_ORDER, _SOURCE_FLIP, _CAPTION, _BUCKET = range(1, 8)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,31 @@ def batches(
             rng=Rng(torch.from_numpy(seeds)),
             kept=None if kept is None else _kept(kept, rows, flips),
         )
+        start += size
+
+
+def bucketed(
+    sets: Sequence[Dataset],
+    size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    kept: Sequence[np.ndarray | None],
+    **place: Any,
+) -> Iterator[Batch]:
+    """Yield training batches without end, each of one of several sets; `buckets.turn` says which.
+
+    Arguments as of `batches`, `kept` for each set; `start` is a multiple of `size`.
+    """
+    counts = [len(each) for each in sets]
+    seeds = (_hash(seed, _BUCKET, np.arange(len(sets))) >> np.uint64(1)).tolist()
+    streams: dict[int, Iterator[Batch]] = {}
+    while True:
+        of, at = turn(counts, size, seed, start // size)
+        if of not in streams:  # from then on its turns follow each other in its own order
+            own = {"seed": seeds[of], "start": at, "kept": kept[of]}
+            streams[of] = batches(sets[of], size, **own, **place)
+        yield replace(next(streams[of]), seen=start)
         start += size
 
 

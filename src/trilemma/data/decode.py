@@ -5,18 +5,21 @@ to 8 bits (16-bit grey is divided by 257, not clipped); transparent parts compos
 background; the largest centred square cut out; resized to the wanted side by Lanczos filtering,
 which is antialiased, after a reduction by whole numbers where the picture is more than 3 times too
 large. JPEGs far too large are decoded at a reduced size by the discrete cosine transform itself.
-`tiles` cuts a picture up instead, and resizes nothing.
+`tiles` cuts a picture up instead, and resizes nothing; `fitted` cuts out of it the largest part of
+the nearest of several proportions.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor
 
+from trilemma.data.buckets import Size, nearest
 from trilemma.data.listing import Unusable
 
 MOST_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte of RGB
@@ -30,7 +33,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION = 0x0112
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 # What Pillow warns of (large pictures, odd EXIF) is checked here, or does no harm to the pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -38,7 +41,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before its pixels are decoded."""
+    """What a file says of itself before its pixels are decoded; its sides when turned upright."""
 
     width: int
     height: int
@@ -49,7 +52,11 @@ class Header:
 def read_header(content: bytes | np.ndarray) -> Header:
     """Return the header of a picture; raises Unusable with the reason."""
     image = _open(content)
-    header = Header(*image.size, image.mode, image.format or "array")
+    width, height = image.size
+    # Of a PNG without it at the beginning, the orientation is known when all is decoded.
+    if (image.format != "PNG" or "exif" in image.info) and _orientation(image) in _SIDEWAYS:
+        width, height = height, width
+    header = Header(width, height, image.mode, image.format or "array")
     if image.format == "PNG":
         try:
             image.verify()  # decoding does not look at the checksums of the pixels
@@ -65,18 +72,34 @@ def decode(
 
     C is 1 when `grey` asks for it or the picture has no colour, else 3. Raises Unusable.
     """
+    return fitted(content, [(side, side)], background, grey)
+
+
+def fitted(
+    content: bytes | np.ndarray, sizes: Sequence[Size], background: str, grey: bool = False
+) -> np.ndarray:
+    """Return the picture as uint8 (C, H, W), in that of `sizes` whose proportions are nearest.
+
+    C is as from `decode`. Raises Unusable.
+    """
     image = _open(content)
     try:
         if image.format == "JPEG":
+            side = max(max(size) for size in sizes)
             image.draft(None, (2 * side, 2 * side))  # decode at no less than twice the side
         image = _upright(image, background, grey)
         width, height = image.size
-        square = min(width, height)
-        left, top = (width - square) // 2, (height - square) // 2
-        box = (left, top, left + square, top + square)
-        if (width, height) != (side, side):
+        high, wide = nearest(sizes, height, width)
+        # The largest part of the wanted proportions.
+        if width * high > height * wide:
+            part = max(1, round(height * wide / high)), height
+        else:
+            part = width, max(1, round(width * high / wide))
+        left, top = (width - part[0]) // 2, (height - part[1]) // 2
+        box = (left, top, left + part[0], top + part[1])
+        if (width, height) != (wide, high):
             lanczos = Image.Resampling.LANCZOS
-            image = image.resize((side, side), lanczos, box=box, reducing_gap=3.0)
+            image = image.resize((wide, high), lanczos, box=box, reducing_gap=3.0)
     except Unusable:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files

@@ -74,6 +74,7 @@ class Diffusion(Model):
         pairing: of noise with pictures: independent, or optimal (see `diffusion.pairing`).
         learn_variance: the network says the variance of a step too, in as many channels again.
         dequantise: spread the pictures' levels over their cells, so that they have a density.
+        scale_input: bring what the network sees to unit variance, c_in; else it sees x_t.
         objective: what is learned instead of denoising: consistency, or a teacher's steps.
 
     Attributes:
@@ -82,6 +83,7 @@ class Diffusion(Model):
     """
 
     training_only = ("objective",)
+    any_size = True
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Diffusion(Model):
         pairing: str = "independent",
         learn_variance: bool = False,
         dequantise: bool = False,
+        scale_input: bool = True,
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class Diffusion(Model):
         self.uncertainty = uncertainty
         self.pair = PAIRINGS[_known("pairing", pairing, PAIRINGS)]
         self.learn_variance, self.dequantise = learn_variance, dequantise
+        self.scale_input = scale_input
         self.objective = objective
         self.share: Tensor | None = None
         self.steps = self.times.steps if isinstance(self.times, Uniform) else None
@@ -177,7 +181,7 @@ class Diffusion(Model):
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
     ) -> tuple[Tensor, Tensor | None]:
         """Return F (B, ...), and the share (B, ...) of the large variance if it is learned."""
-        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
+        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt() if self.scale_input else 1.0
         output = self.network(scale * x, t, embedded).to(x.dtype)
         if not self.learn_variance:
             return output, None
@@ -323,6 +327,7 @@ class Diffusion(Model):
         steps: int = STEPS,
         guidance: float | Guidance = 1.0,
         grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
         begin: tuple[Tensor, float] | None = None,
         **own: Any,
     ) -> Iterator[Tensor]:
@@ -347,18 +352,22 @@ class Diffusion(Model):
         else:
             times = given(grid, steps)
         denoise = self.denoiser(condition, guidance)
-        noise = rng.normal(*self.codec.shape)
         if begin is None:
+            shape = self.codec.shape if size is None else self.codec.space(*_sides(size))
+            noise = rng.normal(*shape)
             _, sigma = self.schedule(times[:1])
             start = float(sigma) * noise
         else:
             image, share = begin
             if not 0 < share <= 1:
                 raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+            if size is not None:
+                raise ValueError("what is like a picture has its size; leave size out")
             t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
             times = torch.cat([t, times[times < 0.999 * t]])
             alpha, sigma = self.schedule(t)
-            start = float(alpha) * self.codec.encode(image) + float(sigma) * noise
+            x0 = self.codec.encode(image)
+            start = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
         yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
 
     def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
@@ -375,6 +384,7 @@ class Diffusion(Model):
         steps: int = STEPS,
         guidance: float | Guidance = 1.0,
         grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
         **own: Any,
     ) -> Tensor:
         """Draw images (B, C, H, W) in [-1, 1].
@@ -387,6 +397,7 @@ class Diffusion(Model):
             guidance: how far the condition is overdone, 1 being not at all; or all that guides.
             grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
                 solver's own if None.
+            size: height and width of the images; those it was trained on if None.
             own: the solver's own options, such as ddim's eta.
 
         Raises:
@@ -395,7 +406,14 @@ class Diffusion(Model):
                 cannot be guided.
         """
         walk = self._walk(
-            condition, rng, solver=solver, steps=steps, guidance=guidance, grid=grid, **own
+            condition,
+            rng,
+            solver=solver,
+            steps=steps,
+            guidance=guidance,
+            grid=grid,
+            size=size,
+            **own,
         )
         return self.codec.decode(deque(walk, maxlen=1).pop())
 
@@ -469,6 +487,12 @@ class Diffusion(Model):
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """Return (B,) values in x's type, with the dimensions of x."""
     return value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _sides(size: Sequence[int]) -> tuple[int, int]:
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"size is {size}; expected height and width in pixels, such as [64, 96]")
+    return size[0], size[1]
 
 
 def _known(what: str, name: str, known: dict) -> str:

@@ -52,7 +52,7 @@ from trilemma.model import Losses, Model, Phase
 from trilemma.models.autoencoder import gaussian_kl
 from trilemma.models.quantiser import Coded, Quantiser
 from trilemma.networks import perceptual as vgg
-from trilemma.networks.layers import check_shape
+from trilemma.networks.layers import check_channels
 
 CALM = -6.0  # log-variances begin here: noise as strong as what it hides would hold learning up
 
@@ -266,7 +266,7 @@ class AutoencoderKL(FirstStage):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to images in [-1, 1]; raises ValueError for others."""
-        check_shape("latents", latent, *self.latent_shape)
+        check_channels("latents", latent, self.latent_shape[0])
         return self.decoder(latent).float().clamp(-1, 1)
 
 

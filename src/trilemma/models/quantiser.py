@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from trilemma import distributed
 from trilemma.batch import Batch
-from trilemma.networks.layers import check_shape
+from trilemma.networks.layers import check_channels, check_shape
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Coded:
             ValueError: codes of another shape, or that are not in the codebook.
         """
         self.quantiser.check(codes)
-        return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)
+        return self._drawn(codes)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """Look up the vectors (B, D, h, w) of codes (B, h, w)."""
@@ -207,7 +207,10 @@ class Coded:
         """Map vectors (B, D, h, w), each taken as its nearest code, to images in [-1, 1].
 
         Raises:
-            ValueError: latents of another shape.
+            ValueError: latents of other channels.
         """
-        check_shape("latents", latent, self.latent, *self.code_shape)
-        return self.from_codes(self.quantiser.nearest(latent))
+        check_channels("latents", latent, self.latent)
+        return self._drawn(self.quantiser.nearest(latent))
+
+    def _drawn(self, codes: Tensor) -> Tensor:
+        return self.decoder(self.quantiser.vectors(codes)).float().clamp(-1, 1)

@@ -164,6 +164,8 @@ class DiT(nn.Module):
         expand: width of the perceptrons' inner layer, in widths.
         embedding_dim: of the time's embedding, `embedded.vector` and `embedded.tokens`; the width
             if None.
+        inclusive: the slowest of the time's sines has frequency 1 / 10,000, as in diffusers' DiT;
+            in the paper's that would be the next one.
     """
 
     positions: Tensor
@@ -182,6 +184,7 @@ class DiT(nn.Module):
         qk_norm: bool = False,
         expand: int = 4,
         embedding_dim: int | None = None,
+        inclusive: bool = False,
     ) -> None:
         super().__init__()
         for what, said, known in (
@@ -197,7 +200,8 @@ class DiT(nn.Module):
         self.conditioning, self.rotary = conditioning, positions == "rotary"
         self.register_buffer("positions", self._positions(size, size), persistent=False)
         self.enter = nn.Linear(in_channels * patch**2, width)
-        self.time = TimeEmbedding(dim)
+        half = TimeEmbedding.FEATURES // 2
+        self.time = TimeEmbedding(dim, 10_000.0 ** (half / (half - 1)) if inclusive else 10_000.0)
         self.blocks = nn.ModuleList(
             Block(width, dim, heads, expand, conditioning, qk_norm) for _ in range(depth)
         )

@@ -85,10 +85,16 @@ class Encoder(nn.Module):
     """Pictures to means and log-variances."""
 
     def __init__(
-        self, channels: Sequence[int], blocks: int, out: int, groups: int, attention: bool
+        self,
+        channels: Sequence[int],
+        blocks: int,
+        out: int,
+        groups: int,
+        attention: bool,
+        colours: int = 3,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(colours, channels[0], 3, padding=1)
         levels, before = [], channels[0]
         for i, width in enumerate(channels):
             resnets = [Resnet(width if j else before, width, 0, groups, EPS) for j in range(blocks)]
@@ -112,7 +118,13 @@ class Decoder(nn.Module):
     """Latents to pictures, in two parts."""
 
     def __init__(
-        self, channels: Sequence[int], blocks: int, latent: int, groups: int, attention: bool
+        self,
+        channels: Sequence[int],
+        blocks: int,
+        latent: int,
+        groups: int,
+        attention: bool,
+        colours: int = 3,
     ) -> None:
         super().__init__()
         before = channels[-1]
@@ -128,7 +140,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(levels)
         self.mid_block = Middle(channels[-1], groups, attention)
         self.conv_norm_out = GroupNorm(before, groups, EPS)
-        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(before, colours, 3, padding=1)
 
     def first(self, latent: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to features (B, C, h, w)."""
@@ -154,6 +166,78 @@ class Decoder(nn.Module):
                 assert isinstance(larger, Resize)
                 x = conv_in_bands(larger.conv, x, _doubled, 2)
         return normed_in_bands(self.conv_norm_out, self.conv_out, x).float()
+
+
+class StageEncoder(Encoder):
+    """The encoder, to be trained in a first stage: `models.first_stage.AutoencoderKL`.
+
+    Args:
+        shape: (C, H, W) of the pictures; H and W divisible by 2 for each size but the first.
+        latent: 2 D, for means and log-variances.
+        channels: width at each size, the picture's first.
+        blocks: residual blocks at each size.
+        groups: of the normalisations.
+        attention: there is attention at the smallest size.
+
+    Attributes:
+        grid: (h, w).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int,
+        channels: Sequence[int] = (64, 128, 128),
+        blocks: int = 1,
+        groups: int = 32,
+        attention: bool = False,
+    ) -> None:
+        super().__init__(channels, blocks, latent, groups, attention, shape[0])
+        self.widths, self.blocks, self.groups = list(channels), blocks, groups
+        self.latent, factor = latent, 2 ** (len(channels) - 1)
+        if shape[1] % factor or shape[2] % factor:
+            raise ValueError(
+                f"images of {shape[1]} x {shape[2]} do not divide by {factor}; choose a size that "
+                f"does, or set data.multiple to {factor}"
+            )
+        self.grid = (shape[1] // factor, shape[2] // factor)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to grids (B, 2 D, h, w)."""
+        return super().forward(image).float()
+
+
+class StageDecoder(Decoder):
+    """The decoder for it; one more residual block at each size.
+
+    Args:
+        shape: (C, H, W) of the pictures.
+        latent: D.
+        channels: as the encoder's, and the rest too.
+        blocks: as the encoder's.
+        groups: of the normalisations.
+        attention: there is attention at the smallest size.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int,
+        channels: Sequence[int] = (64, 128, 128),
+        blocks: int = 1,
+        groups: int = 32,
+        attention: bool = False,
+    ) -> None:
+        super().__init__(channels, blocks, latent, groups, attention, shape[0])
+
+    @property
+    def last(self) -> Tensor:
+        """The weights of the last convolution."""
+        return self.conv_out.weight
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Map grids (B, D, h, w) to images (B, C, H, W), without a bound on their values."""
+        return self.rest(self.first(latent))
 
 
 class KLAutoencoder(nn.Module):

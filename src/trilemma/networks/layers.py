@@ -67,6 +67,14 @@ def check_shape(what: str, tensor: Tensor, *shape: int) -> None:
         )
 
 
+def check_channels(what: str, tensor: Tensor, channels: int) -> None:
+    """Raise ValueError when a batch of `what` is not of shape (B, channels, h, w), h and w any."""
+    if tensor.ndim != 4 or tensor.shape[1] != channels:
+        raise ValueError(
+            f"{what} of shape {tuple(tensor.shape)} were given; expected (B, {channels}, h, w)"
+        )
+
+
 def check_tokens(embedded: Embedded, crosses: bool) -> None:
     """Raise ValueError when there are tokens and nothing attends to them, or the other way round.
 
@@ -112,18 +120,24 @@ class GroupNorm(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The time (B,) in [0, 1] by sines and cosines and a perceptron: (B, dim)."""
+    """The time (B,) in [0, 1] by sines and cosines and a perceptron: (B, dim).
+
+    Args:
+        dim: of what is made.
+        period: see `sinusoidal`.
+    """
 
     FEATURES = 256
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, period: float = 10_000.0) -> None:
         super().__init__()
+        self.period = period
         self.up = nn.Linear(self.FEATURES, dim)
         self.down = nn.Linear(dim, dim)
 
     def forward(self, time: Tensor) -> Tensor:
         """Map times (B,) to (B, dim)."""
-        return self.down(F.silu(self.up(sinusoidal(1000 * time, self.FEATURES))))
+        return self.down(F.silu(self.up(sinusoidal(1000 * time, self.FEATURES, self.period))))
 
 
 class Modulation(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from trilemma import sampling
+from trilemma import drawing
 from trilemma.batch import Rng, to_uint8
 from trilemma.errors import UserError
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
@@ -103,7 +103,7 @@ def save(
         small = stable.with_autoencoder(preview)
 
         def watch(step: int, expected: Tensor) -> None:
-            shown = sampling.grid(to_uint8(small.decode(expected)).cpu())
+            shown = drawing.grid(to_uint8(small.decode(expected)).cpu())
             shown.save(out / "preview.png")
 
         options["watch"] = watch
@@ -124,7 +124,7 @@ def save(
         for one, text, picture in zip(seeds, asked, to_uint8(drawn).cpu(), strict=True):
             facts = {"checkpoint": str(path), "text": text, "seed": one, "sample": plain}
             name = out / f"{one - seed:05d}.png"
-            sampling.to_pil(picture).save(name, pnginfo=_metadata(stable, facts, picture))
+            drawing.to_pil(picture).save(name, pnginfo=_metadata(stable, facts, picture))
             kept.append(picture)
             yield name
     facts = {
@@ -134,7 +134,7 @@ def save(
         "count": n,
         "sample": plain,
     }
-    sheet = sampling.grid(torch.stack(kept[:100]))
+    sheet = drawing.grid(torch.stack(kept[:100]))
     sheet.save(out / "grid.png", pnginfo=_metadata(stable, facts, kept[0]))
     yield out / "grid.png"
 

@@ -20,6 +20,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from trilemma import checkpoint, device
 from trilemma import data as data_sets
 from trilemma.batch import Rng, to_float
+from trilemma.data.buckets import turn
 from trilemma.data.dataset import Dataset
 from trilemma.errors import UserError
 from trilemma.networks import lora
@@ -183,7 +185,7 @@ class Cache:
     Args:
         folder: of the files; what is there of the same pictures and captions is not made again.
         model: makes them.
-        data: pictures with captions.
+        data: pictures with captions; of several sizes, one set for each.
         kind: number format of matrix products.
         name: of the checkpoint: what another one made is not used.
 
@@ -195,31 +197,35 @@ class Cache:
         self,
         folder: Path,
         model: Tunable,
-        data: Dataset,
+        data: Dataset | Sequence[Dataset],
         kind: torch.dtype = torch.float32,
         name: str = "",
     ) -> None:
-        if data.text is None:
+        sets = [data] if isinstance(data, Dataset) else data
+        self.texts = [each.text or [""] * len(each) for each in sets]
+        captions = sorted({"", *(text for texts in self.texts for text in texts)})
+        if captions == [""]:
             raise UserError(
-                f"{data.name} has no captions; put NAME.txt beside each picture, or a metadata.csv "
-                "with the columns file_name and text"
+                f"{sets[0].name} has no captions; put NAME.txt beside each picture, or a "
+                "metadata.csv with the columns file_name and text"
             )
-        captions = sorted({"", *data.text})
         self.rows = {caption: row for row, caption in enumerate(captions)}
-        self.text, self.folder = data.text, folder / "cache"
-        told = {"pictures": data.fingerprint, "captions": captions, "checkpoint": name}
+        self.folder = folder / "cache"
+        pictures = [each.fingerprint for each in sets]
+        told = {"pictures": pictures, "captions": captions, "checkpoint": name}
         index = self.folder / "index.json"
         if not index.exists() or json.loads(index.read_text()) != told:
             self.folder.mkdir(parents=True, exist_ok=True)
             index.unlink(missing_ok=True)
             where = next(model.network.parameters()).device
 
-            def latents(row: int) -> dict[str, Tensor | None]:
-                image = to_float(data.tensor([row])).to(where)
-                return {"latents": torch.stack(model.moments(image), dim=1)}
+            def latents(of: int, row: int) -> dict[str, Tensor | None]:
+                image = to_float(sets[of].tensor([row])).to(where)
+                return {f"latents-{of}": torch.stack(model.moments(image), dim=1)}
 
             with torch.no_grad(), device.autocast(kind, where):
-                self._fill(len(data), latents)
+                for of, each in enumerate(sets):
+                    self._fill(len(each), partial(latents, of))
                 self._fill(len(captions), lambda row: vars(model.embed([captions[row]])))
             index.write_text(json.dumps(told))
         self.files = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
@@ -247,13 +253,12 @@ class Cache:
             file.flush()
 
     def __len__(self) -> int:
-        return len(self.text)
+        return sum(len(texts) for texts in self.texts)
 
-    def latents(self, pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation (B, C, h, w) of the latents of these pictures."""
-        mean, deviation = torch.from_numpy(np.array(self.files["latents"][list(pictures)])).unbind(
-            1
-        )
+    def latents(self, pictures: Sequence[int], of: int = 0) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (B, C, h, w) of the latents of these pictures of a set."""
+        rows = np.array(self.files[f"latents-{of}"][list(pictures)])
+        mean, deviation = torch.from_numpy(rows).unbind(1)
         return mean, deviation
 
     def embedded(self, captions: Sequence[str]) -> Embedded:
@@ -282,7 +287,7 @@ def order(count: int, seed: int, start: int, size: int) -> list[int]:
 
 def finetune(
     model: Tunable,
-    data: Dataset,
+    data: Dataset | Sequence[Dataset],
     out: Path,
     tuning: Tuning,
     precision: str = "auto",
@@ -292,7 +297,8 @@ def finetune(
 
     Args:
         model: the checkpoint, whose network is changed.
-        data: captioned pictures of a size that the checkpoint draws.
+        data: captioned pictures of a size that the checkpoint draws; of several sizes, one set for
+            each, and each step takes its pictures from one.
         out: the folder for cache, log and result.
         tuning: how.
         precision: of the computation, as in recipes.
@@ -316,7 +322,7 @@ def finetune(
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / (tuning.warm_up + 1))
             with device.autocast(kind, where):
-                loss = _loss(model, cache, tuning, step * tuning.batch, where)
+                loss = _loss(model, cache, tuning, step, where)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(learning, 1.0)
             told = float(loss.detach())
@@ -359,13 +365,16 @@ def _let_learn(network: nn.Module, tuning: Tuning) -> list[Tensor]:
     return [p.requires_grad_() for part in factors for p in (part.down, part.up)]
 
 
-def _loss(model: Tunable, cache: Cache, tuning: Tuning, start: int, where: torch.device) -> Tensor:
-    """Return the mean loss of the pictures from this place of the training order on."""
-    rng = Rng([(tuning.seed << 32) + start + i for i in range(tuning.batch)], where)
-    pictures = order(len(cache), tuning.seed, start, tuning.batch)
+def _loss(model: Tunable, cache: Cache, tuning: Tuning, step: int, where: torch.device) -> Tensor:
+    """Return the mean loss of the pictures of this step of the training order."""
+    first = (tuning.seed << 32) + step * tuning.batch
+    rng = Rng(range(first, first + tuning.batch), where)
+    of, place = turn([len(texts) for texts in cache.texts], tuning.batch, tuning.seed, step)
+    texts = cache.texts[of]
+    pictures = order(len(texts), tuning.seed, place, tuning.batch)
     kept = (rng.uniform(1)[:, 0] >= tuning.dropout).tolist()
-    captions = [cache.text[i] if keep else "" for i, keep in zip(pictures, kept, strict=True)]
-    mean, deviation = (each.to(where) for each in cache.latents(pictures))
+    captions = [texts[i] if keep else "" for i, keep in zip(pictures, kept, strict=True)]
+    mean, deviation = (each.to(where) for each in cache.latents(pictures, of))
     x0 = mean + deviation * rng.normal(*mean.shape[1:])
     told = cache.embedded(captions)
     moved = {name: None if each is None else each.to(where) for name, each in vars(told).items()}
@@ -379,6 +388,7 @@ def tune(
     tuning: Tuning,
     *,
     size: int | None = None,
+    buckets: bool = False,
     device_name: str | None = None,
     precision: str = "auto",
     parts: str | Path | None = None,
@@ -394,6 +404,8 @@ def tune(
         out: a folder.
         tuning: how.
         size: side of the pictures; the checkpoint's own if None.
+        buckets: keep pictures near their proportions, in sizes of about that area
+            (`data.buckets`); else squares are cut out of them.
         device_name: as of `load.load`.
         precision: of the computation; what learns is float32.
         parts: as of `load.load`.
@@ -410,9 +422,11 @@ def tune(
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts)
     model: Tunable = TunableUNet(opened) if isinstance(opened, StableDiffusion) else opened
-    pictures = data_sets.load(
-        source, size=size or opened.size, multiple=opened.multiple, channels=3
-    )
+    side, multiple = size or opened.size, opened.multiple
+    if buckets:
+        pictures = data_sets.load_buckets(source, side, multiple=multiple, channels=3)
+    else:
+        pictures = [data_sets.load(source, size=side, multiple=multiple, channels=3)]
     out.mkdir(parents=True, exist_ok=True)
     yield from finetune(model, pictures, out, tuning, precision, str(path.resolve()))
     if whole:
