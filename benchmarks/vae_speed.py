@@ -165,7 +165,7 @@ def told(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=64, help="64 is pythae's default")
-    parser.add_argument("--steps", type=int, default=40, help="in a round")
+    parser.add_argument("--steps", type=int, default=20, help="in a round")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds not counted")
     args = parser.parse_args()

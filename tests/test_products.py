@@ -22,7 +22,8 @@ CASES = [  # (height, width), kernel, stride, padding
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setattr(products, "WEIGHTS_PER_PIXEL", 1e-9)
+    least = dict.fromkeys(products.WEIGHTS_PER_PIXEL, 1e-9)
+    monkeypatch.setattr(products, "WEIGHTS_PER_PIXEL", least)
 
 
 def draw(*shape):
@@ -62,7 +63,7 @@ def test_a_transposed_one_too(size, kernel, stride, padding, more):
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 4, 2, 1),
+        nn.Conv2d(3, 8, 4, 2, 1, bias=False),
         nn.BatchNorm2d(8),
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1, bias=False)),
         nn.SiLU(),
@@ -93,9 +94,12 @@ def test_only_many_weights_on_few_pixels_are_products(monkeypatch):
     monkeypatch.setattr(products, "conv2d", lambda x, *rest: used.append(x.shape[-1]))
     layer = nn.Conv2d(256, 256, 3, padding=1)
     products.use(layer)
-    for side in (4, 16):
+    for side in (2, 4, 16):
         layer(torch.zeros(1, 256, side, side))
-    assert used == [4]
+    assert used == [2]
+    with device.autocast(torch.bfloat16, CPU):  # a product gains more there
+        layer(torch.zeros(1, 256, 4, 4))
+    assert used == [2, 4]
 
 
 def test_a_copy_computes_with_its_own_weights(everywhere):

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WEIGHTS_PER_PIXEL = 20_000  # from here on a product is the faster one: docs/benchmarks.md
+# So many weights to a pixel, and a product is the faster one, at any batch: docs/benchmarks.md.
+WEIGHTS_PER_PIXEL = {torch.bfloat16: 20_000, torch.float32: 100_000}
 
 
 def use(module: nn.Module) -> None:
@@ -55,16 +56,17 @@ def _conv_transpose2d(
 
 
 def _pays(x: Tensor, weight: Tensor, pixels: Sequence[int]) -> bool:
-    if x.device.type != "cpu" or x.ndim != 4:
+    least = WEIGHTS_PER_PIXEL.get(_format(x))
+    if least is None or x.device.type != "cpu" or x.ndim != 4:
         return False
-    return 0 < WEIGHTS_PER_PIXEL * pixels[0] * pixels[1] <= weight.numel()
+    return 0 < least * pixels[0] * pixels[1] <= weight.numel()
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """`F.conv2d` of x (B, C, H, W) and weights (O, C, h, w); to be differentiated at will."""
-    windows = _Windows.apply(_cast(x), weight.shape[2:], stride, padding)
+    windows = _Windows.apply(x.to(_format(x)), weight.shape[2:], stride, padding)
     rows = windows.flatten(0, 2).flatten(1)  # (B H' W', h w C)
     out = F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias)
     return out.unflatten(0, windows.shape[:3]).permute(0, 3, 1, 2)
@@ -82,15 +84,17 @@ def conv_transpose2d(
     kernel = weight.shape[2:]
     sides = zip(x.shape[2:], stride, padding, kernel, output_padding, strict=True)
     size = [(n - 1) * s - 2 * p + k + more for n, s, p, k, more in sides]
-    windows = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)  # (B, H, W, h w O)
-    image = _Sum.apply(windows.unflatten(3, (*kernel, -1)), size, stride, padding)
+    pixels = x.permute(0, 2, 3, 1)
+    rows = pixels.flatten(0, 2) @ weight.permute(0, 2, 3, 1).flatten(1)  # (B H W, h w O)
+    windows = rows.view(*pixels.shape[:3], *kernel, -1)
+    image = _Sum.apply(windows, size, stride, padding)
     return image if bias is None else image + bias.to(image.dtype)[:, None, None]
 
 
-def _cast(x: Tensor) -> Tensor:
-    """Return x in the type of autocast's products: half as much to copy."""
+def _format(x: Tensor) -> torch.dtype:
+    """Return the number format in which x is multiplied: autocast's, or its own."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Windows(torch.autograd.Function):
