@@ -3,13 +3,14 @@
 Two pairs of networks, in turn: pythae's convolutional ones for MNIST, told by its documentation and
 used by its reproductions, and the smaller ones of our recipe `vae`. Either side trains them as its
 users would, at its defaults: pythae's VAE by its trainer (float32, Adam, pictures as float32 in
-memory, one by one through PyTorch's DataLoader); our VAE by our loop (the number format and memory
-layout that pay on this machine, fused Adam, a running average of the weights, log and progress,
-pictures memory-mapped as uint8). Both begin with the same weights and have the likelihood of a
-Gaussian decoder.
+memory, one by one through PyTorch's DataLoader); our VAE by our loop (the number format, memory
+layout and way of convolving that pay on this machine, fused Adam, a running average of the weights,
+log and progress, pictures memory-mapped as uint8). Both begin with the same weights and have the
+likelihood of a Gaussian decoder.
 
 The sides take turns, a pass over the pictures each, in one process; the first rounds are not
-counted; the median round is shown. Neither is charged for saving.
+counted; the median round is shown, with the slowest and the fastest, and the median of the rounds'
+ratios with the least and the greatest. Neither is charged for saving.
 
     python -m pip install -r benchmarks/requirements.txt && python -m pip install --no-deps pythae
     python benchmarks/vae_speed.py
@@ -153,10 +154,18 @@ def ours(
     return once
 
 
+def told(values: list[float], digits: int) -> str:
+    """Return the median of sorted values, with the least and the greatest."""
+    least, middle, most = (
+        f"{value:.{digits}f}" for value in (values[0], statistics.median(values), values[-1])
+    )
+    return f"{middle} ({least} to {most})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=64, help="64 is pythae's default")
-    parser.add_argument("--steps", type=int, default=40, help="in a round")
+    parser.add_argument("--steps", type=int, default=20, help="in a round")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds not counted")
     args = parser.parse_args()
@@ -189,10 +198,10 @@ def main() -> None:
                     seconds = once()
                     if round >= 0:
                         took.setdefault(side, []).append(seconds)
-        median = {side: statistics.median(seconds) for side, seconds in took.items()}
-        for side, seconds in median.items():
-            ratio = median["pythae"] / seconds
-            print(f"| {name} | {size:,} | {side} | {count / seconds:.0f} | {ratio:.2f} |")
+        for side, seconds in took.items():
+            rates = sorted(count / one for one in seconds)
+            ratios = sorted(a / b for a, b in zip(took["pythae"], seconds, strict=True))
+            print(f"| {name} | {size:,} | {side} | {told(rates, 0)} | {told(ratios, 2)} |", flush=True)
 
 
 if __name__ == "__main__":

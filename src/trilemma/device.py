@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from trilemma.errors import UserError
+from trilemma.networks import products
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +95,15 @@ def channels_last(device: torch.device, dtype: torch.dtype) -> bool:
 def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move `module` to `device`, laid out in memory as pays there; return it.
 
-    Sets the process up too: TF32 for the float32 matrix products of CUDA, and memory that is kept
-    for the next step.
+    On a CPU convolutions with many weights on few pixels become matrix products. Sets the process up
+    too: TF32 for the float32 matrix products of CUDA, and memory that is kept for the next step.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     if device.type == "cpu":
         _keep_memory()
+        products.use(module)
     module.to(device)
     if channels_last(device, dtype):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
