@@ -40,6 +40,9 @@ def finetune(
     recompute: Annotated[
         bool, typer.Option(help="Keep only blocks' inputs: less memory, a third more time.")
     ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the fine-tuning in --out.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -58,15 +61,14 @@ def finetune(
         seed=seed,
         recompute=recompute,
     )
-    told = tune(
-        path, data, out, tuning, size=size, device_name=device, precision=precision, parts=parts
-    )
-    losses = [
-        loss for _, loss in track(told, "learning", total=steps, console=screen, transient=True)
-    ]
+    where = {"size": size, "device_name": device, "parts": parts}
+    told = tune(path, data, out, tuning, precision=precision, resume=resume, **where)
+    loss = None  # of a resumed one that was at its end
+    for _, loss in track(told, "learning", total=steps, console=screen, transient=True):
+        pass
     result = out if full else out / LORA_FILE
     if as_json:
-        say({"result": str(result), "loss": losses[-1]})
+        say({"result": str(result), "loss": loss})
     else:
         asked = f"{out}" if full else f"{path} --lora {result}"
         screen.print(f'next: trilemma sample {asked} --text "..." --out pictures', soft_wrap=True)

@@ -23,6 +23,7 @@ from trilemma.stable import (
     load_rectified,
     loading,
     lora,
+    packing,
     rectified_lora,
     text,
 )
@@ -74,6 +75,7 @@ def load(
     precision: str = "auto",
     prediction: str | None = None,
     parts: str | Path | None = None,
+    learns: bool = False,
 ) -> StableDiffusion | Rectified:
     """Open a checkpoint.
 
@@ -85,6 +87,7 @@ def load(
         prediction: what a single file's network predicts, where it is not what is usual:
             epsilon or v_prediction.
         parts: a diffusers folder, for what a single file of Stable Diffusion 3 or FLUX.1 lacks.
+        learns: the network is to be changed, so its weights stay as they are (`packing`).
 
     Raises:
         UserError: what is there cannot be used; named precisely.
@@ -95,9 +98,12 @@ def load(
     device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
     if prediction not in (None, "epsilon", "v_prediction"):
         raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
+    packs = not learns and packing.pays(where, kind)
     if (rectified := _rectified(path, parts, where, kind)) is not None:
         for each in loras:
             rectified_lora.add(rectified, each)
+        if packs:
+            packing.pack(rectified.network)
         return rectified
     if parts is not None:
         raise UserError(f"{path} is whole; only Stable Diffusion 3 and FLUX.1 take parts")
@@ -109,6 +115,8 @@ def load(
         opened = replace(opened, spacing=replace(opened.spacing, prediction=prediction))
     for each in loras:
         lora.add(opened, each)
+    if packs:
+        packing.pack(opened.unet)
     return opened
 
 

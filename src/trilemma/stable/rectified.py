@@ -25,15 +25,16 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Rng
 from trilemma.diffusion import solvers
-from trilemma.diffusion.guidance import Denoiser, classifier_free
+from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Straight
 from trilemma.errors import UserError
 from trilemma.networks.flux import Flux
 from trilemma.networks.kl_autoencoder import KLAutoencoder
-from trilemma.networks.layers import Embedded
+from trilemma.networks.layers import Embedded, Reuse
 from trilemma.networks.mmdit import MMDiT
+from trilemma.networks.spatial_unet import for_each_text
 from trilemma.stable import flow, flux, sd3, t5
-from trilemma.stable.pipeline import WHOLE, Autoencoder
+from trilemma.stable.pipeline import WHOLE, Autoencoder, asked, guided, reused
 from trilemma.stable.places import Place, find
 from trilemma.stable.t5 import Encoder
 
@@ -100,6 +101,8 @@ class Rectified(ABC):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser of latents (B, C, h, w) under B texts.
 
@@ -109,6 +112,8 @@ class Rectified(ABC):
             guidance: the model's own; its default if None.
             true_guidance: classifier-free guidance of a model whose own is another.
             rescale: of classifier-free guidance.
+            interval: where classifier-free guidance acts: `pipeline.StableDiffusion.draw`.
+            reuse: of all blocks but the first and the last.
 
         Raises:
             UserError: guidance that this model does not have.
@@ -132,7 +137,9 @@ class Rectified(ABC):
         solver: str | None = None,
         guidance: float | None = None,
         true_guidance: float = 1.0,
-        rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        reuse_blocks: int = 1,
         height: int | None = None,
         width: int | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
@@ -151,7 +158,10 @@ class Rectified(ABC):
             solver: by name; euler if None.
             guidance: the model's own, by default at its own strength.
             true_guidance: classifier-free, of a model whose own is another.
-            rescale: of classifier-free guidance.
+            guidance_interval: where that acts, or the model's own if it is classifier-free: the
+                sigma / alpha, above the first and up to the second.
+            guidance_rescale: of classifier-free guidance.
+            reuse_blocks: all blocks but the first and the last are computed in one step of so many.
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
             watch: called after each step with the steps done and the x_0 expected.
@@ -182,8 +192,9 @@ class Rectified(ABC):
             if not 0 < strength <= 1:
                 raise UserError(f"strength is {strength}; expected more than 0 and at most 1")
             times = times[int(steps - steps * strength) :]
+        how = guidance_rescale, guidance_interval, reused(reuse_blocks)
         with device.autocast(self.kind, self.where):
-            denoise = self.denoiser(texts, negative, guidance, true_guidance, rescale)
+            denoise = self.denoiser(texts, negative, guidance, true_guidance, *how)
             kept = small = None
             if image is not None:
                 image = image.to(self.where).expand(len(texts), -1, -1, -1)
@@ -252,32 +263,33 @@ class Rectified(ABC):
         said = self.network((1 - share) * x0 + share * noise, t, text, *told)
         return (said.float() - (noise - x0)).square().flatten(1).mean(1)
 
-    def _predict(self, x: Tensor, t: float, text: Embedded, *told: Tensor) -> Tensor:
-        """Return x_0 of x (B, C, h, w), computed in the network's format and returned in x's."""
-        kind = self.network.text.weight.dtype
-        time = x.new_full((len(x),), t, dtype=torch.float32)
-        return x - t * self.network(x.to(kind), time, text, *told).to(x.dtype)
-
     def _guided(
         self,
         texts: Sequence[str],
         negative: str | None,
         scale: float,
         rescale: float,
-        told: Callable[[Tensor], tuple[Tensor, ...]],
+        interval: Sequence[float] | None,
+        reuse: Reuse | None,
+        told: float | None = None,
     ) -> Denoiser:
-        """Return a denoiser with classifier-free guidance, of two texts by one call; 1 is none."""
-        guided = scale != 1
-        read = self.embed([*texts, *[negative or ""] * (len(texts) if guided else 0)])
-        if not guided:
-            return lambda x, t: self._predict(x, t, read, *told(x))
+        """Return a denoiser with classifier-free guidance; 1 is none.
 
-        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            x = torch.cat([x, x])
-            with_it, without = self._predict(x, t, read, *told(x)).chunk(2)
-            return with_it, without
+        It computes in the network's format and returns that of x; the network is told a number if
+        there is one.
+        """
+        guidance = asked(scale, rescale, interval)
+        read = self.embed([*texts, *[negative or ""] * (len(texts) if scale != 1 else 0)])
 
-        return classifier_free(both, scale, rescale)
+        def predict(x: Tensor, t: float, text: Embedded) -> Tensor:
+            assert text.tokens is not None
+            x = for_each_text(x, text.tokens)
+            time = x.new_full((len(x),), t, dtype=torch.float32)
+            number = () if told is None else (torch.full_like(time, told),)
+            given = x.to(self.network.text.weight.dtype)
+            return x - t * self.network(given, time, text, *number, reuse=reuse).to(x.dtype)
+
+        return guided(predict, read, guidance, SCHEDULE)
 
 
 class StableDiffusion3(Rectified):
@@ -327,6 +339,8 @@ class StableDiffusion3(Rectified):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser: classifier-free guidance where guidance is not 1."""
         if true_guidance != 1:
@@ -335,7 +349,7 @@ class StableDiffusion3(Rectified):
                 "true_guidance"
             )
         scale = self.guidance if guidance is None else guidance
-        return self._guided(texts, negative, scale, rescale, lambda x: ())
+        return self._guided(texts, negative, scale, rescale, interval, reuse)
 
 
 class Flux1(Rectified):
@@ -382,10 +396,188 @@ class Flux1(Rectified):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser that is told the guidance; classifier-free besides if asked for."""
-        scale, guided = self.guidance if guidance is None else guidance, self.network.guided
-        if scale != 1 and not guided:
+        scale, is_told = self.guidance if guidance is None else guidance, self.network.guided
+        if scale != 1 and not is_told:
+            raise UserError(
+                f"guidance is {scale}, and this model is told none; give guidance 1, and "
+                "true_guidance above 1 to guide it classifier-free"
+            )
+        if negative is not None and true_guidance == 1:
+            raise UserError(
+                "a negative text acts by classifier-free guidance, which this model has not of its "
+                "own; give true_guidance above 1 besides"
+            )
+
+        told = scale if is_told else None
+        return self._guided(texts, negative, true_guidance, rescale, interval, reuse, told)
+
+
+def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (B, C, h, w) of the latents of images in [-1, 1]."""
+        return moments(self.autoencoder, images)
+
+    def loss(self, x0: Tensor, text: Embedded, rng: Rng) -> Tensor:
+        """Return the mean square (B,) of what the network says less noise - x_0.
+
+        Times are a sigmoid of normal numbers, so that most are in the middle (Esser et al. 2024,
+        section 3.1), and moved as in sampling. A network that is told a guidance is told 1.
+
+        Args:
+            x0: latents (B, C, h, w).
+            text: B texts.
+            rng: of noise and times.
+        """
+        patch = self.network.patch
+        tokens = (x0.shape[2] // patch) * (x0.shape[3] // patch)
+        t = flow.shifted(rng.normal(1).sigmoid(), self.shift.at(tokens))[:, 0]
+        noise, share = rng.normal(*x0.shape[1:]), t[:, None, None, None]
+        told = (torch.ones_like(t),) if getattr(self.network, "guided", False) else ()
+        said = self.network((1 - share) * x0 + share * noise, t, text, *told)
+        return (said.float() - (noise - x0)).square().flatten(1).mean(1)
+
+    def _guided(
+        self,
+        texts: Sequence[str],
+        negative: str | None,
+        scale: float,
+        rescale: float,
+        interval: Sequence[float] | None,
+        reuse: Reuse | None,
+        told: float | None = None,
+    ) -> Denoiser:
+        """Return a denoiser with classifier-free guidance; 1 is none.
+
+        It computes in the network's format and returns that of x; the network is told a number if
+        there is one.
+        """
+        guidance = asked(scale, rescale, interval)
+        read = self.embed([*texts, *[negative or ""] * (len(texts) if scale != 1 else 0)])
+
+        def predict(x: Tensor, t: float, text: Embedded) -> Tensor:
+            assert text.tokens is not None
+            x = for_each_text(x, text.tokens)
+            time = x.new_full((len(x),), t, dtype=torch.float32)
+            number = () if told is None else (torch.full_like(time, told),)
+            given = x.to(self.network.text.weight.dtype)
+            return x - t * self.network(given, time, text, *number, reuse=reuse).to(x.dtype)
+
+        return guided(predict, read, guidance, SCHEDULE)
+
+
+class StableDiffusion3(Rectified):
+    """Stable Diffusion 3 or 3.5.
+
+    Args:
+        network: predicts noise - x_0.
+        autoencoder: between pictures and latents.
+        shift: of the times.
+        clips: its two CLIP towers.
+        t5: its T5 encoder; zeros take the place of what it would say if None.
+        **rest: as of `Rectified`.
+    """
+
+    steps, guidance, whole = 28, 7.0, False
+    network: MMDiT
+
+    def __init__(
+        self,
+        network: MMDiT,
+        autoencoder: Autoencoder,
+        shift: flow.Shift,
+        clips: tuple[Encoder, Encoder],
+        t5: Encoder | None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(network, autoencoder, shift, **rest)
+        self.clips, self.t5 = clips, t5
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return texts as the network reads them; what is cut off them is logged."""
+        if self.t5 is None:
+            _tell_cut(texts, self.clips[0], "CLIP", None)
+        else:
+            _tell_cut(texts, self.t5, "T5", t5.SD3_WORDS)
+        return t5.for_sd3(texts, self.clips, self.t5, self.network.text_dim)
+
+    def diffusers_places(self) -> dict[str, Place]:
+        """Return where each weight of the network stands in diffusers' `transformer`."""
+        rules = sd3.diffusers_rules({"depth": len(self.network.blocks)})
+        return find(self.network.state_dict(), rules)
+
+    def denoiser(
+        self,
+        texts: Sequence[str],
+        negative: str | None,
+        guidance: float | None = None,
+        true_guidance: float = 1.0,
+        rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
+    ) -> Denoiser:
+        """Return a denoiser: classifier-free guidance where guidance is not 1."""
+        if true_guidance != 1:
+            raise UserError(
+                "this model's guidance is classifier-free already; give it as guidance, and no "
+                "true_guidance"
+            )
+        scale = self.guidance if guidance is None else guidance
+        return self._guided(texts, negative, scale, rescale, interval, reuse)
+
+
+class Flux1(Rectified):
+    """FLUX.1 dev or schnell.
+
+    Args:
+        network: predicts noise - x_0.
+        autoencoder: between pictures and latents.
+        shift: of the times.
+        clip: its CLIP tower.
+        t5: its T5 encoder.
+        **rest: as of `Rectified`.
+    """
+
+    whole = True
+    network: Flux
+
+    def __init__(
+        self,
+        network: Flux,
+        autoencoder: Autoencoder,
+        shift: flow.Shift,
+        clip: Encoder,
+        t5: Encoder,
+        **rest: Any,
+    ) -> None:
+        super().__init__(network, autoencoder, shift, **rest)
+        self.clip, self.t5 = clip, t5
+        self.steps, self.guidance = (28, 3.5) if network.guided else (4, 1.0)
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Return texts as the network reads them; what is cut off them is logged."""
+        _tell_cut(texts, self.t5, "T5", t5.FLUX_WORDS)
+        return t5.for_flux(texts, self.clip, self.t5)
+
+    def diffusers_places(self) -> dict[str, Place]:
+        """Return where each weight of the network stands in diffusers' `transformer`."""
+        return find(self.network.state_dict(), flux.diffusers_rules())
+
+    def denoiser(
+        self,
+        texts: Sequence[str],
+        negative: str | None,
+        guidance: float | None = None,
+        true_guidance: float = 1.0,
+        rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
+    ) -> Denoiser:
+        """Return a denoiser that is told the guidance; classifier-free besides if asked for."""
+        scale, is_told = self.guidance if guidance is None else guidance, self.network.guided
+        if scale != 1 and not is_told:
             raise UserError(
                 f"guidance is {scale}, and this model is told none; give guidance 1, and "
                 "true_guidance above 1 to guide it classifier-free"
