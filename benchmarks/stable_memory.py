@@ -124,8 +124,9 @@ def load(path: Path, tiny: bool) -> None:
         )
         if kind == "float32":
             missed = [best["loaded"] > 1.1 * size, best["seconds"] > 1.3 * read]
-    print("\nfloat32, targets: 1.1 times its size when loaded, 1.3 times the time of reading:", end="")
-    print("".join(" NO" if each else " yes" for each in missed))
+    said = ["NO" if each else "yes" for each in missed]
+    print(f"\nfloat32, target 1.1 times its size when loaded: {said[0]}")
+    print(f"float32, target 1.3 times the time of reading: {said[1]}")
 
 
 def decode(path: Path, tiny: bool) -> None:
@@ -137,8 +138,8 @@ def decode(path: Path, tiny: bool) -> None:
         print(f"| {task} | {held} | {told['seconds']:.0f} |")
     whole, bands = (np.load(path.with_name(f"{task}.npy")) for task in ("whole", "bands"))
     far = np.abs(whole - bands).max() / (whole.max() - whole.min())
-    print(f"\nlargest difference {far:.1e} of the picture's range; target: under 3 GB in bands", end="")
-    print(": yes" if told["all"] < 3e9 else ": NO")
+    print(f"\nlargest difference {far:.1e} of the picture's range")
+    print(f"target under 3 GB in bands: {'yes' if told['all'] < 3e9 else 'NO'}")
 
 
 PARTS = {"load": load, "decode": decode}

@@ -230,10 +230,11 @@ def accelerations(args: argparse.Namespace) -> None:
     print("| | s | times as fast | latents: relative error | PSNR, dB |\n|---|---|---|---|---|")
     for name, seconds in took.items():
         error = latents[name] - exact
-        far = float(error.norm() / exact.norm())
+        far, mean = float(error.norm() / exact.norm()), float(error.square().mean())
         span = float(exact.max() - exact.min())
-        psnr = 20 * math.log10(span) - 10 * math.log10(float(error.square().mean()) or math.nan)
-        print(f"| {name} | {seconds:.1f} | {took['plain'] / seconds:.2f} | {far:.3f} | {psnr:.1f} |")
+        psnr = 20 * math.log10(span) - 10 * math.log10(mean) if mean else math.inf
+        faster = took["plain"] / seconds
+        print(f"| {name} | {seconds:.1f} | {faster:.2f} | {far:.3f} | {psnr:.1f} |")
 
 
 def target(found: float, sought: float, what: str) -> None:

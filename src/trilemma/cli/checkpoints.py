@@ -61,14 +61,22 @@ def finetune(
         seed=seed,
         recompute=recompute,
     )
-    where = {"size": size, "device_name": device, "parts": parts}
-    told = tune(path, data, out, tuning, precision=precision, resume=resume, **where)
-    loss = None  # of a resumed one that was at its end
-    for _, loss in track(told, "learning", total=steps, console=screen, transient=True):
-        pass
+    told = tune(
+        path,
+        data,
+        out,
+        tuning,
+        size=size,
+        device_name=device,
+        precision=precision,
+        parts=parts,
+        resume=resume,
+    )
+    shown = track(told, "learning", total=steps, console=screen, transient=True)
+    losses = [loss for _, loss in shown]
     result = out if full else out / LORA_FILE
     if as_json:
-        say({"result": str(result), "loss": loss})
+        say({"result": str(result), "loss": losses[-1] if losses else None})
     else:
         asked = f"{out}" if full else f"{path} --lora {result}"
         screen.print(f'next: trilemma sample {asked} --text "..." --out pictures', soft_wrap=True)

@@ -16,6 +16,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,17 @@ from trilemma.networks.token_merging import merging
 
 SHALLOW = 2
 """So many blocks at either end are computed at each call, where the rest is reused."""
+
+
+def normed(norm: GroupNorm, x: Tensor) -> Tensor:
+    """Return norm(x) of x (B, C, H, W) in float32, or in x's format where that is faster.
+
+    That is bfloat16 on a CPU with float32 weights, where sums are of float32 too, and nothing
+    learns: half the time with the activation that follows.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
+    return norm(x)
 
 
 class Resnet(nn.Module):
@@ -52,10 +64,10 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Map (B, channels, H, W) and the activated embedding (B, D) to (B, out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(normed(self.norm1, x)))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(normed(self.norm2, h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -174,7 +186,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, merge: float = 0.0) -> Tensor:
         """Map x (B, width, H, W) and text (n B, T, text_dim) to (n B, width, H, W)."""
-        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, width)
+        h = normed(self.norm, x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, width)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, text, x.shape[2:], merge)
@@ -377,8 +389,11 @@ class SpatialUNet(nn.Module):
             embedding = for_each_text(embedding, told) + told
             x = for_each_text(x, tokens)
         embedding = F.silu(for_each_text(embedding, tokens))
-        downs = [(level, i) for level in self.down_blocks for i in range(level.steps)]
-        ups = [(level, i) for level in self.up_blocks for i in range(len(level.resnets))]
+        down_levels, up_levels = (
+            cast("list[Level]", list(levels)) for levels in (self.down_blocks, self.up_blocks)
+        )
+        downs = [(level, i) for level in down_levels for i in range(level.steps)]
+        ups = [(level, i) for level in up_levels for i in range(len(level.resnets))]
         reading = [level for level, _ in downs + ups if len(level.attentions)]
         largest = reading[:1] + reading[-1:]
 
@@ -410,4 +425,4 @@ class SpatialUNet(nn.Module):
         x = down(x, downs[: SHALLOW - 1])
         x = deep(x) if reuse is None else reuse(lambda: deep(x), len(tokens))
         x = up(x, ups[-SHALLOW:])
-        return self.conv_out(F.silu(self.conv_norm_out(x))).float()
+        return self.conv_out(F.silu(normed(self.conv_norm_out, x))).float()

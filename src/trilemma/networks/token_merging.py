@@ -37,13 +37,19 @@ def merging(
     place = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)
     place[:, stay] = torch.arange(len(stay), device=x.device)
     place[:, others] = into.scatter(1, single, numbers.expand_as(single))
-    place = place[..., None].expand_as(x)  # of each place, which of the M tokens stands for it
+    left = x.shape[1] - count  # M
+    rows = (place + left * torch.arange(len(x), device=x.device)[:, None]).flatten()
+    members = torch.bincount(rows, minlength=left * len(x))
+    order, first = rows.argsort(), members.cumsum(0) - members
 
     def merged(tokens: Tensor) -> Tensor:
-        mean = tokens.new_zeros(len(x), x.shape[1] - count, x.shape[2])
-        return mean.scatter_reduce(1, place, tokens, "mean", include_self=False)
+        mean = F.embedding_bag(order, tokens.flatten(0, 1), first, mode="mean")
+        return mean.unflatten(0, (len(x), left))
 
-    return merged, lambda tokens: tokens.gather(1, place)
+    def spread(tokens: Tensor) -> Tensor:
+        return tokens.flatten(0, 1)[rows].unflatten(0, x.shape[:2])
+
+    return merged, spread
 
 
 def _cells(rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -318,13 +318,16 @@ def finetune(
     where = next(network.parameters()).device
     kind, bad, begun = device.dtype(precision, where), 0, 0
     if not resume and (out / STATE).exists():
-        raise UserError(f"{out} already holds a fine-tuning; add --resume to go on, or take another --out")
-    facts = json.loads(json.dumps({
-        "tuning": {k: v for k, v in asdict(tuning).items() if k not in ("steps", "recompute")},
+        raise UserError(
+            f"{out} already holds a fine-tuning; add --resume to go on, or take another --out"
+        )
+    how = {k: v for k, v in asdict(tuning).items() if k not in ("steps", "recompute")}
+    facts = {
+        "tuning": {**how, "targets": list(tuning.targets)},
         "pictures": data.fingerprint,
         "checkpoint": name,
         "precision": next(k for k, v in device.FORMATS.items() if v == kind),
-    }))
+    }
     cache = Cache(out, model, data, kind, name)
     learning = _let_learn(network, tuning)
     rate = tuning.rate or (1e-5 if tuning.rank is None else 1e-4)
@@ -365,7 +368,8 @@ def finetune(
                 took = saved_at - now
             if asked.is_set():
                 raise Interrupted(
-                    f"stopped at step {step + 1}; the state is saved in {out}; add --resume to go on"
+                    f"stopped at step {step + 1}; the state is saved in {out}; add --resume to go "
+                    "on"
                 )
             yield step + 1, told
     network.eval()

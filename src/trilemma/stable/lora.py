@@ -64,9 +64,7 @@ def add(stable: StableDiffusion, asked: str) -> None:
     change(asked, targets, lambda name: _flat(name, stable.unet.blocks))
 
 
-def change(
-    asked: str, targets: Mapping[str, Sequence[Target]], flat: Callable[[str], str]
-) -> None:
+def change(asked: str, targets: Mapping[str, Sequence[Target]], flat: Callable[[str], str]) -> None:
     """Change layers by a LoRA file.
 
     Args:
