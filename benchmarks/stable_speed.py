@@ -34,7 +34,6 @@ from trilemma import device
 from trilemma.batch import Rng
 from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.layers import Embedded
-from trilemma.networks.spatial_unet import SpatialUNet
 from trilemma.stable import configs, keys, load, loading, packing, text
 from trilemma.stable.pipeline import StableDiffusion
 from trilemma.stable.schedule import from_config
@@ -104,10 +103,10 @@ def pipeline(tiny: bool) -> StableDiffusionPipeline:
 def ours(pipe: StableDiffusionPipeline, size: int) -> StableDiffusion:
     """Return ours of the same weights, as `trilemma sample` would open it."""
     kind = device.dtype("auto", WHERE)
+    told = configs.unet(dict(pipe.unet.config), "unet")
+    unet = load.unet(told, pipe.unet.state_dict(), "unet", WHERE, kind)
     with torch.device("meta"):
-        unet = SpatialUNet(**configs.unet(dict(pipe.unet.config), "unet"))
         coder = KLAutoencoder(**configs.autoencoder(dict(pipe.vae.config), "vae"))
-    loading.fill(unet, pipe.unet.state_dict(), "unet", WHERE, kind)
     loading.fill(coder, keys.autoencoder(pipe.vae.state_dict()), "vae", WHERE, kind)
     if packing.pays(WHERE, kind):
         packing.pack(unet)

@@ -239,6 +239,9 @@ def test_a_lora_of_stable_diffusion_from_the_command_line(version, pictures, tmp
     result = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     file = tmp_path / "out" / LORA_FILE
+    learned = file.read_bytes()
+    again = CliRunner().invoke(app, [*asked, "--resume"], catch_exceptions=False)
+    assert again.exit_code == 0 and file.read_bytes() == learned  # it was at its end
     plain = load.load(folder, "cpu", precision="fp32")
     tuned = load.load(folder, "cpu", precision="fp32", loras=[str(file)])
     told = type(pipeline).lora_state_dict(str(tmp_path / "out"))[0]

@@ -259,8 +259,8 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList([first, second])
 
     def forward(self, x: Tensor, embedding: Tensor, text: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        x = self.attentions[0](self.resnets[0](x, embedding), text)
+        """Map (B, C, H, W), embedding (n B, D) and text (n B, T, text_dim) to (n B, C, H, W)."""
+        x = self.attentions[0](self.resnets[0](x, embedding[: len(x)]), text)
         return self.resnets[1](x, embedding)
 
 

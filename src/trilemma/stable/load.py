@@ -157,30 +157,42 @@ def _folder(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusi
     reader = text.Reader(towers, inner=large)
     told = configs.unet(files.read_json(path / "unet" / "config.json"), str(path / "unet"))
     told = configs.split_added(told, reader.vector_dim)
-    unet = _unet(told, files.weights(path / "unet"), str(path / "unet"), where, kind)
+    network = unet(told, files.weights(path / "unet"), str(path / "unet"), where, kind)
     coder = _coder(path / "vae", where, kind)
     scheduler = path / "scheduler" / "scheduler_config.json"
     spacing = from_config(files.read_json(scheduler), str(scheduler))
     side = files.read_json(path / "unet" / "config.json").get("sample_size") or 64
     side = side if isinstance(side, int) else side[0]
     zeros = large and bool(index.get("force_zeros_for_empty_prompt", True))
-    return _joined(unet, coder, reader, spacing, side * coder.factor, zeros, kind, where)
+    return _joined(network, coder, reader, spacing, side * coder.factor, zeros, kind, where)
 
 
-def _unet(
+def unet(
     told: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     name: str,
     where: torch.device,
     kind: torch.dtype,
 ) -> SpatialUNet:
+    """Return a U-Net with its weights: of float32, views on a CPU.
+
+    Convolutions laid out anew would be a few percent faster, and take longer than reading the file.
+
+    Args:
+        told: arguments of `SpatialUNet`.
+        tensors: views of a file.
+        name: is told in errors.
+        where: the device.
+        kind: number format of matrix products.
+    """
     with torch.device("meta"):
         network = SpatialUNet(**told)
-    return loading.fill(network, tensors, name, where, kind)
+    views = where.type == "cpu" and kind == torch.float32
+    return loading.fill(network, tensors, name, where, kind, views)
 
 
 def _joined(
-    unet: SpatialUNet,
+    network: SpatialUNet,
     coder: Autoencoder,
     reader: text.Reader,
     spacing: Spacing,
@@ -190,12 +202,12 @@ def _joined(
     where: torch.device,
 ) -> StableDiffusion:
     latent = coder.latent
-    if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+    if network.out_channels != latent or network.in_channels not in (latent, 2 * latent + 1):
         raise UserError(
-            f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} and latents have "
+            f"the U-Net maps {network.in_channels} channels to {network.out_channels} and latents have "
             f"{latent}; expected {latent} or {2 * latent + 1} to {latent}"
         )
-    return StableDiffusion(unet, coder, reader, spacing, size, zeros, kind, where)
+    return StableDiffusion(network, coder, reader, spacing, size, zeros, kind, where)
 
 
 def _coder(folder: Path, where: torch.device, kind: torch.dtype) -> Autoencoder:
@@ -265,7 +277,7 @@ def _file(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusion
             f"known; expected {SUPPORTED}"
         ) from error
     told = configs.split_added(told, reader.vector_dim)
-    unet = _unet(told, ours, f"{path} ({keys.UNET}*)", where, kind)
+    network = unet(told, ours, f"{path} ({keys.UNET}*)", where, kind)
     with torch.device("meta"):
         coder = KLAutoencoder(**coder_told)
     loading.fill(coder, coder_ours, f"{path} ({keys.AUTOENCODER}*)", where, kind)
@@ -276,7 +288,7 @@ def _file(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusion
         scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
         scheduler |= {"rescale_betas_zero_snr": "ztsnr" in tensors}
     spacing = from_config(scheduler, str(path))
-    return _joined(unet, coder, reader, spacing, size, version == "XL", kind, where)
+    return _joined(network, coder, reader, spacing, size, version == "XL", kind, where)
 
 
 def _reader(

@@ -1,8 +1,9 @@
 """Weights laid out once as oneDNN multiplies by them, to draw in bfloat16 on a CPU.
 
-PyTorch gives oneDNN matrices as they are, and oneDNN lays them out anew in every call: for wide
-layers over few places a third of the time, and up to half. The layouts and the operations are those
-of PyTorch's own compiler. A packed layer cannot learn, be changed or be saved.
+PyTorch gives oneDNN matrices as they are, and oneDNN lays them out anew in every call: of layers of
+1280 channels a fifth of the time over 16 x 16 places, and up to half over 8 x 8. The layouts and
+the operations are those of PyTorch's own compiler. A packed layer cannot learn, be changed or be
+saved.
 """
 
 from __future__ import annotations
