@@ -174,6 +174,8 @@ def main() -> None:
     for name, seconds in took.items():
         middle = statistics.median(seconds)
         print(f"| {name} | {args.batch / middle:.1f} | {base / middle:.2f} |")
+    ratio = base / middle
+    print(f"\n{ratio:.2f} times {sides[0].name}; target 1.3: {'yes' if ratio >= 1.3 else 'NO'}")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_a_lora_in_either_layout_changes_the_same_weights(saved, tmp_path):
         model = opened(folder, loras=[f"{tmp_path / file}.safetensors:0.5"])
         changed = model.network.doubles[0].image.attention
         torch.testing.assert_close(changed.k.weight, plain + 0.5 * ups[1] @ down)
-    with pytest.raises(UserError, match="changes 3 parts that this checkpoint's transformer lacks"):
+    with pytest.raises(UserError, match="changes 3 parts that this checkpoint lacks"):
         wrong = {k.replace("blocks.0", "blocks.7"): v for k, v in theirs.items()}
         save_file(wrong, tmp_path / "wrong.safetensors")
         opened(folder, loras=[str(tmp_path / "wrong.safetensors")])

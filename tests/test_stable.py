@@ -84,6 +84,15 @@ def test_weights_are_views_of_the_file(tmp_path):
     torch.testing.assert_close(filled.weight, network.weight)
 
 
+def test_a_unet_of_float32_is_views_of_the_file(tmp_path):
+    network = SpatialUNet(**SMALL)
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    tensors, _ = files.read(tmp_path / "a.safetensors")
+    filled = load.unet(SMALL, tensors, "a", torch.device("cpu"), torch.float32)
+    for name, weight in filled.named_parameters():
+        assert weight.data_ptr() == tensors[name].data_ptr()
+
+
 def test_convolutions_are_laid_out_anew_and_the_rest_of_the_file_stays_readable(tmp_path):
     network = torch.nn.Conv2d(64, 64, 3)
     save_file(network.state_dict(), tmp_path / "a.safetensors")
@@ -91,6 +100,7 @@ def test_convolutions_are_laid_out_anew_and_the_rest_of_the_file_stays_readable(
     with torch.device("meta"):
         empty = torch.nn.Conv2d(64, 64, 3)
     filled = loading.fill(empty, tensors, "a", torch.device("cpu"), torch.float32)
+    assert filled.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(filled.weight, network.weight)
     torch.testing.assert_close(tensors["weight"], network.weight)  # let go, and read again
 

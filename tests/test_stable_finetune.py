@@ -8,7 +8,7 @@ from rectified import flux_pipeline, sd3_pipeline
 from test_rectified import ours
 from trilemma.batch import Rng
 from trilemma.data.dataset import Dataset
-from trilemma.errors import UserError
+from trilemma.errors import Interrupted, UserError
 from trilemma.networks import lora
 from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.stable import finetune, flux, sd3
@@ -143,6 +143,72 @@ def test_what_cannot_be_learned_from_is_told(tmp_path):
         Tuning(batch=0)
 
 
+@pytest.mark.parametrize("rank", [2, None], ids=["lora", "full"])
+def test_a_resumed_fine_tuning_is_the_uninterrupted_one(rank, tmp_path):
+    options = {"batch": 2, "rank": rank, "rate": 1e-2, "warm_up": 3}
+    whole = ours(sd3_pipeline())
+    losses = tune(whole, tmp_path / "whole", steps=5, **options)
+    told = []
+    for steps in (2, 5):
+        model = ours(sd3_pipeline())
+        told += list(
+            finetune.finetune(
+                model, data(), tmp_path / "parts", Tuning(steps=steps, **options), "fp32",
+                resume=steps == 5,
+            )
+        )  # fmt: skip
+    assert told == losses
+    expected = whole.network.state_dict()
+    assert all(torch.equal(v, expected[name]) for name, v in model.network.state_dict().items())
+    lines = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_a_fine_tuning_killed_after_a_save_goes_on_from_it(tmp_path, monkeypatch):
+    """What came after the last state, in the log too, is done again."""
+    whole = tune(ours(sd3_pipeline()), tmp_path / "whole", steps=4, rank=2)
+    model, tuning = ours(sd3_pipeline()), Tuning(steps=4, rank=2)
+    steps = finetune.finetune(model, data(), tmp_path / "out", tuning, "fp32", save_every=0)
+    next(steps)
+    monkeypatch.setattr(finetune, "_save_state", lambda *_: None)
+    next(steps), next(steps)  # two more, without a state of them
+    steps.close()
+    monkeypatch.undo()
+    again = finetune.finetune(
+        ours(sd3_pipeline()), data(), tmp_path / "out", tuning, "fp32", resume=True
+    )
+    assert list(again) == whole[1:]
+    assert (tmp_path / "out" / "log.jsonl").read_text().count("step") == 4
+    files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def test_a_signal_saves_and_stops(tmp_path):
+    import os
+    import signal
+
+    tuning = Tuning(steps=4, rank=2)
+    steps = finetune.finetune(ours(sd3_pipeline()), data(), tmp_path, tuning, "fp32")
+    next(steps)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped at step 2; the state is saved"):
+        next(steps)
+    again = finetune.finetune(ours(sd3_pipeline()), data(), tmp_path, tuning, "fp32", resume=True)
+    assert [step for step, _ in again] == [3, 4]
+
+
+def test_a_state_of_something_else_is_told(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        tuning = Tuning(rank=2)
+        list(finetune.finetune(ours(sd3_pipeline()), data(), tmp_path, tuning, resume=True))
+    tune(ours(sd3_pipeline()), tmp_path, steps=1, rank=2)
+    with pytest.raises(UserError, match="already holds a fine-tuning; add --resume"):
+        tune(ours(sd3_pipeline()), tmp_path, steps=1, rank=2)
+    with pytest.raises(UserError, match="was begun with another tuning"):
+        tuning = Tuning(steps=2, rank=3)
+        list(finetune.finetune(ours(sd3_pipeline()), data(), tmp_path, tuning, "fp32", resume=True))
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """A folder of captioned pictures."""
@@ -173,6 +239,9 @@ def test_a_lora_of_stable_diffusion_from_the_command_line(version, pictures, tmp
     result = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     file = tmp_path / "out" / LORA_FILE
+    learned = file.read_bytes()
+    again = CliRunner().invoke(app, [*asked, "--resume"], catch_exceptions=False)
+    assert again.exit_code == 0 and file.read_bytes() == learned  # it was at its end
     plain = load.load(folder, "cpu", precision="fp32")
     tuned = load.load(folder, "cpu", precision="fp32", loras=[str(file)])
     told = type(pipeline).lora_state_dict(str(tmp_path / "out"))[0]
@@ -189,6 +258,61 @@ def test_a_lora_of_stable_diffusion_from_the_command_line(version, pictures, tmp
     given = {"steps": 2, "height": 16, "width": 16}
     one, other = (m.draw(["a pear"], Rng([1]), **given) for m in (plain, tuned))
     assert (one - other).abs().max() > 1e-4
+
+
+def theirs_drawn(pipeline, monkeypatch):
+    """Return diffusers' picture of a pear."""
+    import stable_tiny
+
+    told = {"guidance_scale": 5.0, "num_inference_steps": 2, "height": 16, "width": 16}
+    return stable_tiny.draw_theirs(pipeline, monkeypatch, [1], prompt=["a pear"], **told)
+
+
+def ours_drawn(folder, loras=()):
+    from trilemma.stable import load
+
+    stable = load.load(folder, "cpu", precision="fp32", loras=[str(each) for each in loras])
+    given = {"steps": 2, "guidance": 5.0, "solver": "ddim", "height": 16, "width": 16}
+    return stable.draw(["a pear"], Rng([1]), **given)
+
+
+def test_diffusers_draws_with_our_lora_what_we_draw(pictures, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    import stable_tiny
+
+    pipeline, folder = stable_tiny.pipeline("1"), tmp_path / "sd"
+    pipeline.save_pretrained(folder)
+    tuning = Tuning(steps=3, batch=2, rank=2, rate=0.05, warm_up=0)
+    given = {"size": 16, "device_name": "cpu", "precision": "fp32"}
+    list(finetune.tune(folder, pictures, tmp_path / "out", tuning, **given))
+    file = tmp_path / "out" / LORA_FILE
+    pipeline.load_lora_weights(str(file.parent))
+    drawn = ours_drawn(folder, [file])
+    assert (drawn - theirs_drawn(pipeline, monkeypatch)).abs().max() < 1e-4
+    assert (drawn - ours_drawn(folder)).abs().max() > 1e-2
+
+
+def test_we_draw_with_a_lora_of_peft_what_diffusers_draws(tmp_path, monkeypatch):
+    """Of U-Net and text encoder, with an alpha that is not the rank."""
+    peft = pytest.importorskip("peft")
+    import stable_tiny
+
+    pipeline, folder = stable_tiny.pipeline("1"), tmp_path / "sd"
+    pipeline.save_pretrained(folder)
+    told = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}  # drawn, so that they act
+    unet = peft.LoraConfig(target_modules=["to_q", "to_v", "proj_in", "conv1"], **told)
+    words = peft.LoraConfig(target_modules=["q_proj", "out_proj"], **told)
+    torch.manual_seed(0)
+    layers = {}
+    for part, config in (("unet", unet), ("text_encoder", words)):
+        module = getattr(pipeline, part)
+        peft.inject_adapter_in_model(config, module)
+        layers[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module)
+        layers[f"{part}_lora_adapter_metadata"] = config.to_dict()
+    pipeline.save_lora_weights(str(tmp_path), **layers)
+    drawn = ours_drawn(folder, [tmp_path / LORA_FILE])
+    assert (drawn - theirs_drawn(pipeline, monkeypatch)).abs().max() < 1e-4
+    assert (drawn - ours_drawn(folder)).abs().max() > 1e-2
 
 
 def test_all_weights_of_stable_diffusion_learn_and_diffusers_reads_them(pictures, tmp_path):

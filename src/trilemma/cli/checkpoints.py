@@ -46,6 +46,9 @@ def finetune(
     recompute: Annotated[
         bool, typer.Option(help="Keep only blocks' inputs: less memory, a third more time.")
     ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the fine-tuning in --out.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -74,13 +77,13 @@ def finetune(
         device_name=device,
         precision=precision,
         parts=parts,
+        resume=resume,
     )
-    losses = [
-        loss for _, loss in track(told, "learning", total=steps, console=screen, transient=True)
-    ]
+    shown = track(told, "learning", total=steps, console=screen, transient=True)
+    losses = [loss for _, loss in shown]
     result = out if full else out / LORA_FILE
     if as_json:
-        say({"result": str(result), "loss": losses[-1]})
+        say({"result": str(result), "loss": losses[-1] if losses else None})
     else:
         asked = f"{out}" if full else f"{path} --lora {result}"
         screen.print(f'next: trilemma sample {asked} --text "..." --out pictures', soft_wrap=True)

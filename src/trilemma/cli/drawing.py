@@ -95,6 +95,19 @@ def sample(
     guidance_rescale: Annotated[
         float | None, typer.Option(help="0 to 1: take back the contrast that guidance adds.")
     ] = None,
+    reuse_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a checkpoint: compute its deep blocks in one step of so many only."
+        ),
+    ] = None,
+    merge_tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="Of Stable Diffusion 1, 2 and XL: 0 to 0.75, the share of the tokens merged for "
+            "the largest attentions."
+        ),
+    ] = None,
     guide_with: Annotated[
         str | None, typer.Option(metavar="RUN", help="Guide by the difference to a weaker model.")
     ] = None,
@@ -156,17 +169,21 @@ def sample(
     from trilemma.stable import load as checkpoints
 
     texts = [*(text or []), *(lines(text_file) if text_file else [])]
-    of_pictures = {"image": image, "strength": strength, "mask": mask}
+    of_checkpoints = {"image": image, "strength": strength, "mask": mask}
+    of_checkpoints |= {"reuse_blocks": reuse_blocks, "merge_tokens": merge_tokens}
     if checkpoints.recognises(run):
         n = n or 1
-        chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_pictures}
+        chosen |= {"label": label, "attributes": attributes, "lora": lora, **of_checkpoints}
         chosen["size"] = picture_size
         chosen["text"] = texts
         paths = _checkpoint(run, out, n, seed, batch or 1, device, chosen)
     else:
-        for name, value in of_pictures.items():
+        for name, value in of_checkpoints.items():
             if value is not None:
-                raise UserError(f"{run} is a run, which --{name} says nothing to; leave it out")
+                option_name = name.replace("_", "-")
+                raise UserError(
+                    f"{run} is a run, which --{option_name} says nothing to; leave it out"
+                )
         trained = sampling.load(run, device, lora or ())
         if picture_size is not None:
             chosen["size"] = list(pixels(picture_size)[::-1])  # height and width
@@ -206,22 +223,19 @@ def _checkpoint(
         "prediction": given.pop("prediction", None),
         "parts": given.pop("parts", None),
     }
-    if "guidance_rescale" in given:
-        given["rescale"] = given.pop("guidance_rescale")
     told = {"lora": asked["loras"], "prediction": asked["prediction"]}
     tiny, size, texts = given.pop("preview", None), given.pop("size", None), given.pop("text", [])
-    plain = ("image", "mask", "negative", "strength", "steps", "solver", "guidance", "rescale")
-    options = {key: given.pop(key) for key in (*plain, "true_guidance") if key in given}
-    if given:
-        raise UserError(
-            f"{path} cannot be sampled with {', '.join(given)}; a checkpoint takes text, size, "
-            f"lora, {', '.join(plain)}, and the options preview, precision, prediction, "
-            "parts and true_guidance"
-        )
     stable = load.load(path, device, **asked)
+    takes = drawing.takes(stable)
+    if unknown := given.keys() - takes:
+        raise UserError(
+            f"{path} cannot be sampled with {', '.join(sorted(unknown))}; this checkpoint takes "
+            f"text, size, lora, {', '.join(takes)}, and the options preview, precision, prediction "
+            "and parts"
+        )
     preview = None if tiny is None else load.tiny(tiny, stable)
-    options |= {"size": None if size is None else pixels(size), "preview": preview, "told": told}
-    return drawing.save(stable, path, texts, out, n=n, seed=seed, batch=batch, **options)
+    given |= {"size": None if size is None else pixels(size), "preview": preview, "told": told}
+    return drawing.save(stable, path, texts, out, n=n, seed=seed, batch=batch, **given)
 
 
 @app.command()

@@ -38,6 +38,7 @@ times dg/dx_0, along what is still open, and not at all in the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -248,7 +249,8 @@ def within(
 
     def denoise(x: Tensor, t: float) -> Tensor:
         alpha, sigma = level(schedule, t)
-        return (inside if low * alpha < sigma <= high * alpha else outside)(x, t)
+        acts = low * alpha < sigma and (sigma <= high * alpha or high == math.inf)
+        return (inside if acts else outside)(x, t)
 
     return denoise
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trilemma.networks.layers import (
     Embedded,
     Modulation,
+    Reuse,
     attend,
     gelu,
     patchify,
@@ -39,6 +40,7 @@ from trilemma.networks.mmdit import (
     Attention,
     JointBlock,
     Perceptron,
+    changed,
     joined,
     said,
     time_features,
@@ -158,7 +160,12 @@ class Flux(nn.Module):
         """As in `MMDiT`."""
 
     def forward(
-        self, x: Tensor, time: Tensor, embedded: Embedded, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        embedded: Embedded,
+        guidance: Tensor | None = None,
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Map latents x (B, C, H, W) at times (B,) in [0, 1] to noise - x_0, of the same shape.
 
@@ -167,6 +174,7 @@ class Flux(nn.Module):
             time: t.
             embedded: the text, as one vector and as words.
             guidance: (B,), of a network that is told one; others are told None.
+            reuse: of all blocks but the first and the last (`mmdit.changed`).
 
         Raises:
             ValueError: sides are no multiples of the patch, the text is missing or of another
@@ -185,11 +193,19 @@ class Flux(nn.Module):
         text = self.text(words)
         count = text.shape[1]
         turn = self._turns(count, height // self.patch, width // self.patch).to(h.device)
-        for block in self.doubles:
-            h, text = recomputed(self.recompute, block, h, text, e, turn)
-        h = torch.cat([text, h], dim=1)
-        for block in self.singles:
-            h = recomputed(self.recompute, block, h, e, turn)
+        first, *doubles = self.doubles
+        *singles, last = self.singles
+
+        def middle(h: Tensor, text: Tensor) -> Tensor:
+            for block in doubles:
+                h, text = recomputed(self.recompute, block, h, text, e, turn)
+            h = torch.cat([text, h], dim=1)
+            for block in singles:
+                h = recomputed(self.recompute, block, h, e, turn)
+            return h
+
+        h, text = recomputed(self.recompute, first, h, text, e, turn)
+        h = recomputed(self.recompute, last, changed(middle, h, text, reuse), e, turn)
         h = scaled_norm(self.norm, h[:, count:], self.modulation(e))
         return unpatchify(self.leave(h), self.patch, height, width)
 

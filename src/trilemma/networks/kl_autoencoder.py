@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.networks.layers import GroupNorm, attend
-from trilemma.networks.spatial_unet import Resize, Resnet
+from trilemma.networks.spatial_unet import Resize, Resnet, normed
 
 EPS = 1e-6
 BAND = 1 << 16  # pixels of a band, about
@@ -37,7 +37,7 @@ class PlaceAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
+        h = normed(self.group_norm, x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
         q, k, v = (layer(h)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](attend(q, k, v)[:, 0])
         return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         x = self.conv_in(image)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(normed(self.conv_norm_out, self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         """Map features (B, C, h, w) to pictures (B, 3, H, W)."""
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x))).float()
+        return self.conv_out(F.silu(normed(self.conv_norm_out, x))).float()
 
     def rest_in_bands(self, x: Tensor) -> Tensor:
         """Do the same in less memory."""

@@ -370,6 +370,28 @@ def recomputed(recompute: bool, block: Callable[..., Any], *inputs: Any) -> Any:
     return block(*inputs)
 
 
+class Reuse:
+    """What blocks made in an earlier call of a network, to be used again in the next ones.
+
+    Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free": from step to step of
+    sampling, what deep blocks make changes little.
+
+    Args:
+        every: the blocks are computed in one call of so many.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.left = every, 0
+        self.made: tuple[int, Any] = 0, None
+
+    def __call__(self, compute: Callable[[], Any], rows: int) -> Any:
+        """Return what `compute` returns, or returned; anew when the batch has another size."""
+        if not self.left or rows != self.made[0]:
+            self.made, self.left = (rows, compute()), self.every
+        self.left -= 1
+        return self.made[1]
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Nearest-neighbour upsampling of x (B, C, H, W) by two, then convolution by (O, C, 3, 3).
 

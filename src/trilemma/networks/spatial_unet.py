@@ -16,12 +16,28 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import Embedded, GroupNorm, attend, recomputed, sinusoidal
+from trilemma.networks.layers import Embedded, GroupNorm, Reuse, attend, recomputed, sinusoidal
+from trilemma.networks.token_merging import merging
+
+SHALLOW = 2
+"""So many blocks at either end are computed at each call, where the rest is reused."""
+
+
+def normed(norm: GroupNorm, x: Tensor) -> Tensor:
+    """Return norm(x) of x (B, C, H, W) in float32, or in x's format where that is faster.
+
+    That is bfloat16 on a CPU with float32 weights, where sums are of float32 too, and nothing
+    learns: half the time with the activation that follows.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
+    return norm(x)
 
 
 class Resnet(nn.Module):
@@ -48,10 +64,10 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Map (B, channels, H, W) and the activated embedding (B, D) to (B, out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(normed(self.norm1, x)))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(normed(self.norm2, h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -82,8 +98,18 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, width) to (B, N, out)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        # By halves: on a CPU, functions of a half of the columns take three times as long.
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
         return value * F.gelu(gate)
+
+
+class Places(nn.Conv2d):
+    """A convolution of 1 x 1, applied to places (B, N, channels) as the matrix that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, channels) to (B, N, out)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class Perceptron(nn.Module):
@@ -111,10 +137,25 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, text_dim)
         self.norm3, self.ff = nn.LayerNorm(width), Perceptron(width)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """Map x (B, N, width) and text (B, T, text_dim) to (B, N, width)."""
+    def forward(
+        self, x: Tensor, text: Tensor, size: Sequence[int] = (), merge: float = 0.0
+    ) -> Tensor:
+        """Map x (B, N, width) and text (n B, T, text_dim) to (n B, N, width).
+
+        Args:
+            x: the places.
+            text: n texts for each x: what does not depend on the text is computed once.
+            size: rows and columns of the places, which `merge` goes by.
+            merge: share of the places that do not attend by themselves (`token_merging`).
+        """
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        if merge:
+            merged, spread = merging(h, size, merge)
+            h = merged(h)
+            x = x + spread(self.attn1(h, h))
+        else:
+            x = x + self.attn1(h, h)
+        x = for_each_text(x, text)
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -137,26 +178,25 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm(width, groups, 1e-6)
         self.proj_in, self.proj_out = (
-            nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1) for _ in range(2)
+            nn.Linear(width, width) if linear else Places(width, width, 1) for _ in range(2)
         )
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, heads, text_dim) for _ in range(depth)
         )
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """Map x (B, width, H, W) and text (B, T, text_dim) to (B, width, H, W)."""
-        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, width)
-        h = _project(self.proj_in, h)
+    def forward(self, x: Tensor, text: Tensor, merge: float = 0.0) -> Tensor:
+        """Map x (B, width, H, W) and text (n B, T, text_dim) to (n B, width, H, W)."""
+        h = normed(self.norm, x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, width)
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, text)
-        h = _project(self.proj_out, h)
-        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+            h = block(h, text, x.shape[2:], merge)
+        h = self.proj_out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return for_each_text(x, text) + h
 
 
-def _project(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer, or a convolution of 1 x 1 as one, to x (B, N, width)."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+def for_each_text(x: Tensor, text: Tensor) -> Tensor:
+    """Repeat x (B, ...) for texts (n B, ...): (n B, ...); itself where n is 1."""
+    return x if len(x) == len(text) else torch.cat([x] * (len(text) // len(x)))
 
 
 class Resize(nn.Module):
@@ -197,10 +237,17 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList(ways if down else [])
         self.upsamplers = nn.ModuleList([] if down else ways)
 
-    def block(self, i: int, x: Tensor, embedding: Tensor, text: Tensor) -> Tensor:
+    @property
+    def steps(self) -> int:
+        """Of the way down."""
+        return len(self.resnets) + len(self.downsamplers)
+
+    def block(
+        self, i: int, x: Tensor, embedding: Tensor, text: Tensor, merge: float = 0.0
+    ) -> Tensor:
         """Apply residual block i and the transformer after it."""
         x = self.resnets[i](x, embedding)
-        return self.attentions[i](x, text) if len(self.attentions) else x
+        return self.attentions[i](x, text, merge) if len(self.attentions) else x
 
 
 class Middle(nn.Module):
@@ -212,8 +259,8 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList([first, second])
 
     def forward(self, x: Tensor, embedding: Tensor, text: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        x = self.attentions[0](self.resnets[0](x, embedding), text)
+        """Map (B, C, H, W), embedding (n B, D) and text (n B, T, text_dim) to (n B, C, H, W)."""
+        x = self.attentions[0](self.resnets[0](x, embedding[: len(x)]), text)
         return self.resnets[1](x, embedding)
 
 
@@ -311,40 +358,71 @@ class SpatialUNet(nn.Module):
         """Whether training keeps a block's input alone and computes the block again backwards."""
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Embedded, numbers: Tensor | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Embedded,
+        numbers: Tensor | None = None,
+        reuse: Reuse | None = None,
+        merge: float = 0.0,
     ) -> Tensor:
-        """Predict (B, out_channels, h, w).
+        """Predict (n B, out_channels, h, w).
 
         Args:
             x: (B, in_channels, h, w) latents, and what is concatenated to them.
             time: (B,) in (0, 1]; float64 keeps whole steps whole.
-            text: its tokens (B, T, text_dim) and, for XL, its vector (B, vector_dim).
-            numbers: (B, numbers) that XL is told: the picture's size and crop.
+            text: n texts for each x, one after another, so that for guidance n is 2: their tokens
+                (n B, T, text_dim) and, for XL, vectors (n B, vector_dim).
+            numbers: (n B, numbers) that XL is told: the picture's size and crop.
+            reuse: of all blocks but `SHALLOW` at either end (Ma et al. 2024, "DeepCache:
+                Accelerating Diffusion Models for Free").
+            merge: share of the places merged for the largest self-attentions (`token_merging`).
         """
+        tokens = text.tokens
+        assert tokens is not None
         step = (self.steps * time - 1).to(device=x.device, dtype=torch.float32)
         embedding = self.time_embedding(sinusoidal(step, self.features))
         if self.add_embedding is not None:
             assert text.vector is not None and numbers is not None
-            told = sinusoidal(numbers.flatten(), self.number_dim).view(len(x), -1)
-            embedding = embedding + self.add_embedding(torch.cat([text.vector.float(), told], 1))
-        embedding = F.silu(embedding)
-        assert text.tokens is not None
+            told = sinusoidal(numbers.flatten(), self.number_dim).view(len(numbers), -1)
+            told = self.add_embedding(torch.cat([text.vector.float(), told], 1))
+            embedding = for_each_text(embedding, told) + told
+            x = for_each_text(x, tokens)
+        embedding = F.silu(for_each_text(embedding, tokens))
+        down_levels, up_levels = (
+            cast("list[Level]", list(levels)) for levels in (self.down_blocks, self.up_blocks)
+        )
+        downs = [(level, i) for level in down_levels for i in range(level.steps)]
+        ups = [(level, i) for level in up_levels for i in range(len(level.resnets))]
+        reading = [level for level, _ in downs + ups if len(level.attentions)]
+        largest = reading[:1] + reading[-1:]
+
+        def block(level: Level, i: int, x: Tensor) -> Tensor:
+            share = merge if level in largest else 0.0
+            return recomputed(self.recompute, level.block, i, x, embedding[: len(x)], tokens, share)
+
+        def down(x: Tensor, steps: list[tuple[Level, int]]) -> Tensor:
+            for level, i in steps:
+                inside = i < len(level.resnets)
+                x = block(level, i, x) if inside else level.downsamplers[0](x)
+                skips.append(x)
+            return x
+
+        def up(x: Tensor, steps: list[tuple[Level, int]]) -> Tensor:
+            for level, i in steps:
+                x = block(level, i, torch.cat([x, for_each_text(skips.pop(), x)], 1))
+                if i == len(level.resnets) - 1:
+                    for larger in level.upsamplers:
+                        x = larger(x, skips[-1].shape[2:])
+            return x
+
+        def deep(x: Tensor) -> Tensor:
+            x = self.mid_block(down(x, downs[SHALLOW - 1 :]), embedding, tokens)
+            return up(x, ups[:-SHALLOW])
+
         x = self.conv_in(x)
         skips = [x]
-        for level in self.down_blocks:
-            assert isinstance(level, Level)
-            for i in range(len(level.resnets)):
-                x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
-                skips.append(x)
-            for smaller in level.downsamplers:
-                x = smaller(x)
-                skips.append(x)
-        x = self.mid_block(x, embedding, text.tokens)
-        for level in self.up_blocks:
-            assert isinstance(level, Level)
-            for i in range(len(level.resnets)):
-                x = torch.cat([x, skips.pop()], 1)
-                x = recomputed(self.recompute, level.block, i, x, embedding, text.tokens)
-            for larger in level.upsamplers:
-                x = larger(x, skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x))).float()
+        x = down(x, downs[: SHALLOW - 1])
+        x = deep(x) if reuse is None else reuse(lambda: deep(x), len(tokens))
+        x = up(x, ups[-SHALLOW:])
+        return self.conv_out(F.silu(normed(self.conv_norm_out, x))).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,12 @@ def read_image(path: Path, size: tuple[int, int] | None, factor: int, grey: bool
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(picture)).float() / 255
     return values[None, None] if grey else values.permute(2, 0, 1)[None] * 2 - 1
+
+
+def takes(stable: StableDiffusion | Rectified) -> list[str]:
+    """Return the options of a checkpoint's `draw` that `save` hands on."""
+    own = ("texts", "rng", "height", "width", "watch", "own")
+    return [name for name in inspect.signature(stable.draw).parameters if name not in own]
 
 
 def save(

@@ -18,8 +18,10 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,13 +30,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 
-from trilemma import checkpoint, device
+from trilemma import checkpoint, device, signals
 from trilemma import data as data_sets
 from trilemma.batch import Rng, to_float
 from trilemma.data.buckets import turn
 from trilemma.data.dataset import Dataset
-from trilemma.errors import UserError
+from trilemma.errors import Interrupted, UserError
+from trilemma.log import Log
 from trilemma.networks import lora
 from trilemma.networks.layers import Embedded
 from trilemma.stable import files, load
@@ -45,6 +49,7 @@ from trilemma.stable.rectified import moments
 log = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+STATE = Path("training", "state.safetensors")
 ATTENTION = ("attention", "alone", "attn1", "attn2")
 TROUBLE = 5  # steps without a finite loss, one after the other, after which training stops
 
@@ -292,39 +297,61 @@ def finetune(
     tuning: Tuning,
     precision: str = "auto",
     name: str = "",
+    resume: bool = False,
+    save_every: float = 60.0,
 ) -> Iterator[tuple[int, float]]:
     """Fine-tune a checkpoint's network; yields step and loss, and writes what was learned at last.
+
+    Its state is saved meanwhile, and goes on bit for bit: what is drawn is a function of the step.
 
     Args:
         model: the checkpoint, whose network is changed.
         data: captioned pictures of a size that the checkpoint draws; of several sizes, one set for
             each, and each step takes its pictures from one.
-        out: the folder for cache, log and result.
+        out: the folder for cache, log, state and result.
         tuning: how.
         precision: of the computation, as in recipes.
         name: of the checkpoint.
+        resume: go on from the state in `out`.
+        save_every: seconds between saves; more where a save takes more than a twentieth of them.
 
     Raises:
-        UserError: pictures without captions, no layer that the targets name, or five steps in a row
-            without a finite loss.
+        UserError: pictures without captions, no layer that the targets name, five steps in a row
+            without a finite loss, or a state that is not there, or of something else.
+        Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
     network, names = model.network, model.diffusers_places()
     where = next(network.parameters()).device
-    kind, bad = device.dtype(precision, where), 0
+    kind, bad, begun = device.dtype(precision, where), 0, 0
+    if not resume and (out / STATE).exists():
+        raise UserError(
+            f"{out} already holds a fine-tuning; add --resume to go on, or take another --out"
+        )
+    how = {k: v for k, v in asdict(tuning).items() if k not in ("steps", "recompute")}
+    facts = {
+        "tuning": {**how, "targets": list(tuning.targets)},
+        "pictures": [one.fingerprint for one in data],
+        "checkpoint": name,
+        "precision": next(k for k, v in device.FORMATS.items() if v == kind),
+    }
     cache = Cache(out, model, data, kind, name)
     learning = _let_learn(network, tuning)
     rate = tuning.rate or (1e-5 if tuning.rank is None else 1e-4)
-    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.01)
+    optimizer = AdamW(learning.values(), lr=rate, weight_decay=0.01)
+    if resume:
+        begun = _restore(out, facts, learning, optimizer)
     network.train()
     network.recompute = tuning.recompute  # type: ignore[assignment]
-    with open(out / "log.jsonl", "a") as written:
-        for step in range(tuning.steps):
+    saved_at, took = time.monotonic(), 0.0
+    lines = Log(out, "finetune", quiet=True, resumed_at=begun)
+    with closing(lines), signals.caught() as asked:
+        for step in range(begun, tuning.steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / (tuning.warm_up + 1))
             with device.autocast(kind, where):
                 loss = _loss(model, cache, tuning, step, where)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(learning, 1.0)
+            norm = nn.utils.clip_grad_norm_(learning.values(), 1.0)
             told = float(loss.detach())
             if math.isfinite(told) and bool(norm.isfinite()):
                 optimizer.step()
@@ -338,19 +365,68 @@ def finetune(
                         "or compute in float32"
                     )
             optimizer.zero_grad()
-            written.write(json.dumps({"step": step + 1, "loss": told}) + "\n")
+            lines.write({"step": step + 1, "loss": told})
+            now = time.monotonic()
+            due = now - saved_at > max(save_every, 20 * took) or step + 1 == tuning.steps
+            if (due or asked.is_set()) and not bad:
+                _save_state(out, {**facts, "step": step + 1}, learning, optimizer)
+                saved_at = time.monotonic()
+                took = saved_at - now
+            if asked.is_set():
+                raise Interrupted(
+                    f"stopped at step {step + 1}; the state is saved in {out}; add --resume to go "
+                    "on"
+                )
             yield step + 1, told
     network.eval()
     if tuning.rank is not None:
         write_lora(out / LORA_FILE, network, names, model.lora_prefix)
 
 
-def _let_learn(network: nn.Module, tuning: Tuning) -> list[Tensor]:
-    """Let a LoRA's factors learn, or all weights; return what learns, which is float32."""
+def _save_state(
+    out: Path, facts: Mapping[str, Any], learning: Mapping[str, Tensor], optimizer: AdamW
+) -> None:
+    """Write what learns and the optimizer's state, all or nothing."""
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "learning": checkpoint.flatten("learning", dict(learning), tensors),
+        "optimizer": checkpoint.flatten("optimizer", optimizer.state_dict(), tensors),
+    }
+    checkpoint.write(out / STATE, tensors, {**facts, "state": state})
+
+
+def _restore(
+    out: Path, facts: Mapping[str, Any], learning: Mapping[str, Tensor], optimizer: AdamW
+) -> int:
+    """Take up the state in a folder; return how many steps it has gone."""
+    tensors, found = read_state(out)
+    for key, value in facts.items():
+        if found[key] != value:
+            raise UserError(
+                f"{out} was begun with another {key}: it is {value} now and was {found[key]}; "
+                "resume with the same, or take another --out"
+            )
+    state = {k: checkpoint.unflatten(rest, tensors) for k, rest in found["state"].items()}
+    with torch.no_grad():
+        for name, value in state["learning"].items():
+            learning[name].copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    return int(found["step"])
+
+
+def read_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and facts of a fine-tuning's state; raises UserError if there is none."""
+    if not (out / STATE).exists():
+        raise UserError(f"there is nothing to resume in {out}; leave out --resume")
+    return checkpoint.read(out / STATE)
+
+
+def _let_learn(network: nn.Module, tuning: Tuning) -> dict[str, Tensor]:
+    """Let a LoRA's factors learn, or all weights; return what learns by name, in float32."""
     if tuning.rank is None:
         for parameter in network.parameters():  # a copy: what the file holds is not written to
             parameter.data = parameter.data.float().clone()
-        return [parameter.requires_grad_() for parameter in network.parameters()]
+        return {name: each.requires_grad_() for name, each in network.named_parameters()}
     network.requires_grad_(True)
     layers = lora.fitting(network, tuning.rank, tuning.targets)
     if not layers:
@@ -360,9 +436,13 @@ def _let_learn(network: nn.Module, tuning: Tuning) -> list[Tensor]:
         )
     torch.manual_seed(tuning.seed)
     lora.attach(network, layers, tuning.rank, tuning.scale)
-    factors = [part.float() for _, _, part in lora.factors(network)]
+    factors = {name: part.float() for name, _, part in lora.factors(network)}
     network.requires_grad_(False)
-    return [p.requires_grad_() for part in factors for p in (part.down, part.up)]
+    return {
+        f"{name}.{side}": getattr(part, side).requires_grad_()
+        for name, part in factors.items()
+        for side in ("down", "up")
+    }
 
 
 def _loss(model: Tunable, cache: Cache, tuning: Tuning, step: int, where: torch.device) -> Tensor:
@@ -392,6 +472,7 @@ def tune(
     device_name: str | None = None,
     precision: str = "auto",
     parts: str | Path | None = None,
+    resume: bool = False,
 ) -> Iterator[tuple[int, float]]:
     """Fine-tune a checkpoint on captioned pictures; yields step and loss.
 
@@ -409,18 +490,22 @@ def tune(
         device_name: as of `load.load`.
         precision: of the computation; what learns is float32.
         parts: as of `load.load`.
+        resume: go on from the state in `out`, in the number format that it was begun in.
 
     Raises:
         UserError: as `load.load`, `data.load` and `finetune`.
+        Interrupted: as `finetune`.
     """
     path, out, whole = Path(path), Path(out), tuning.rank is None
+    if resume:
+        precision = read_state(out)[1]["precision"]
     if whole and not path.is_dir():
         raise UserError(
             f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA "
             "of either"
         )
     told = "fp32" if whole else precision
-    opened = load.load(path, device_name, precision=told, parts=parts)
+    opened = load.load(path, device_name, precision=told, parts=parts, learns=True)
     model: Tunable = TunableUNet(opened) if isinstance(opened, StableDiffusion) else opened
     side, multiple = size or opened.size, opened.multiple
     if buckets:
@@ -428,7 +513,7 @@ def tune(
     else:
         pictures = [data_sets.load(source, size=side, multiple=multiple, channels=3)]
     out.mkdir(parents=True, exist_ok=True)
-    yield from finetune(model, pictures, out, tuning, precision, str(path.resolve()))
+    yield from finetune(model, pictures, out, tuning, precision, str(path.resolve()), resume)
     if whole:
         part = "unet" if isinstance(opened, StableDiffusion) else "transformer"
         shutil.copytree(

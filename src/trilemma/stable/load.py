@@ -23,6 +23,7 @@ from trilemma.stable import (
     load_rectified,
     loading,
     lora,
+    packing,
     rectified_lora,
     text,
 )
@@ -74,6 +75,7 @@ def load(
     precision: str = "auto",
     prediction: str | None = None,
     parts: str | Path | None = None,
+    learns: bool = False,
 ) -> StableDiffusion | Rectified:
     """Open a checkpoint.
 
@@ -85,6 +87,7 @@ def load(
         prediction: what a single file's network predicts, where it is not what is usual:
             epsilon or v_prediction.
         parts: a diffusers folder, for what a single file of Stable Diffusion 3 or FLUX.1 lacks.
+        learns: the network is to be changed, so its weights stay as they are (`packing`).
 
     Raises:
         UserError: what is there cannot be used; named precisely.
@@ -95,9 +98,12 @@ def load(
     device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
     if prediction not in (None, "epsilon", "v_prediction"):
         raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
+    packs = not learns and packing.pays(where, kind)
     if (rectified := _rectified(path, parts, where, kind)) is not None:
         for each in loras:
             rectified_lora.add(rectified, each)
+        if packs:
+            packing.pack(rectified.network)
         return rectified
     if parts is not None:
         raise UserError(f"{path} is whole; only Stable Diffusion 3 and FLUX.1 take parts")
@@ -109,6 +115,8 @@ def load(
         opened = replace(opened, spacing=replace(opened.spacing, prediction=prediction))
     for each in loras:
         lora.add(opened, each)
+    if packs:
+        packing.pack(opened.unet)
     return opened
 
 
@@ -149,30 +157,42 @@ def _folder(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusi
     reader = text.Reader(towers, inner=large)
     told = configs.unet(files.read_json(path / "unet" / "config.json"), str(path / "unet"))
     told = configs.split_added(told, reader.vector_dim)
-    unet = _unet(told, files.weights(path / "unet"), str(path / "unet"), where, kind)
+    network = unet(told, files.weights(path / "unet"), str(path / "unet"), where, kind)
     coder = _coder(path / "vae", where, kind)
     scheduler = path / "scheduler" / "scheduler_config.json"
     spacing = from_config(files.read_json(scheduler), str(scheduler))
     side = files.read_json(path / "unet" / "config.json").get("sample_size") or 64
     side = side if isinstance(side, int) else side[0]
     zeros = large and bool(index.get("force_zeros_for_empty_prompt", True))
-    return _joined(unet, coder, reader, spacing, side * coder.factor, zeros, kind, where)
+    return _joined(network, coder, reader, spacing, side * coder.factor, zeros, kind, where)
 
 
-def _unet(
+def unet(
     told: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     name: str,
     where: torch.device,
     kind: torch.dtype,
 ) -> SpatialUNet:
+    """Return a U-Net with its weights: of float32, views on a CPU.
+
+    Convolutions laid out anew would be a few percent faster, and take longer than reading the file.
+
+    Args:
+        told: arguments of `SpatialUNet`.
+        tensors: views of a file.
+        name: is told in errors.
+        where: the device.
+        kind: number format of matrix products.
+    """
     with torch.device("meta"):
         network = SpatialUNet(**told)
-    return loading.fill(network, tensors, name, where, kind)
+    views = where.type == "cpu" and kind == torch.float32
+    return loading.fill(network, tensors, name, where, kind, views)
 
 
 def _joined(
-    unet: SpatialUNet,
+    network: SpatialUNet,
     coder: Autoencoder,
     reader: text.Reader,
     spacing: Spacing,
@@ -182,12 +202,12 @@ def _joined(
     where: torch.device,
 ) -> StableDiffusion:
     latent = coder.latent
-    if unet.out_channels != latent or unet.in_channels not in (latent, 2 * latent + 1):
+    if network.out_channels != latent or network.in_channels not in (latent, 2 * latent + 1):
         raise UserError(
-            f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} and latents have "
+            f"the U-Net maps {network.in_channels} channels to {network.out_channels} and latents have "
             f"{latent}; expected {latent} or {2 * latent + 1} to {latent}"
         )
-    return StableDiffusion(unet, coder, reader, spacing, size, zeros, kind, where)
+    return StableDiffusion(network, coder, reader, spacing, size, zeros, kind, where)
 
 
 def _coder(folder: Path, where: torch.device, kind: torch.dtype) -> Autoencoder:
@@ -257,7 +277,7 @@ def _file(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusion
             f"known; expected {SUPPORTED}"
         ) from error
     told = configs.split_added(told, reader.vector_dim)
-    unet = _unet(told, ours, f"{path} ({keys.UNET}*)", where, kind)
+    network = unet(told, ours, f"{path} ({keys.UNET}*)", where, kind)
     with torch.device("meta"):
         coder = KLAutoencoder(**coder_told)
     loading.fill(coder, coder_ours, f"{path} ({keys.AUTOENCODER}*)", where, kind)
@@ -268,7 +288,7 @@ def _file(path: Path, where: torch.device, kind: torch.dtype) -> StableDiffusion
         scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
         scheduler |= {"rescale_betas_zero_snr": "ztsnr" in tensors}
     spacing = from_config(scheduler, str(path))
-    return _joined(unet, coder, reader, spacing, size, version == "XL", kind, where)
+    return _joined(network, coder, reader, spacing, size, version == "XL", kind, where)
 
 
 def _reader(

@@ -2,8 +2,8 @@
 
 A network is built without memory (on torch's meta device) and given tensors that are views of the
 file. Only what must be in another form is copied, tensor by tensor, and its part of the file is
-then let go: weights in the format of the matrix products, convolutions with channels last.
-Normalisations stay in float32.
+then let go: weights in the format of the matrix products, convolutions with channels last unless
+their input tells the layout. Normalisations stay in float32.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def fill(
     told: str,
     where: torch.device,
     kind: torch.dtype,
+    views: bool = False,
 ) -> Network:
     """Give a network on the meta device its weights, and return it ready to run.
 
@@ -39,6 +40,7 @@ def fill(
         told: what the tensors are, for errors.
         where: the device to run on.
         kind: of matrix products and convolutions.
+        views: convolutions keep the file's layout: of a network whose input has channels last.
 
     Raises:
         UserError: tensors do not fit.
@@ -50,7 +52,7 @@ def fill(
         if isinstance(module, nn.LayerNorm | GroupNorm)
         for key in ("weight", "bias")
     }
-    last, mapped = device.channels_last(where, kind), _mapped()
+    last, mapped = device.channels_last(where, kind) and not views, _mapped()
     for name in network.state_dict():
         tensor = tensors[name]
         form = torch.float32 if name in plain else kind

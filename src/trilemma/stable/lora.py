@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from trilemma.errors import UserError
 from trilemma.stable import files, keys
+from trilemma.stable.places import Place
 
 if TYPE_CHECKING:
     from trilemma.stable.pipeline import StableDiffusion
+
+Target = tuple[nn.Linear | nn.Conv2d, Place]
 
 DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight")
 UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight")
@@ -56,34 +58,44 @@ def add(stable: StableDiffusion, asked: str) -> None:
         asked: FILE or FILE:WEIGHT.
 
     Raises:
+        UserError: as `change`.
+    """
+    targets = {name: [(layer, Place(name))] for name, layer in _layers(stable).items()}
+    change(asked, targets, lambda name: _flat(name, stable.unet.blocks))
+
+
+def change(asked: str, targets: Mapping[str, Sequence[Target]], flat: Callable[[str], str]) -> None:
+    """Change layers by a LoRA file.
+
+    Args:
+        asked: FILE or FILE:WEIGHT.
+        targets: the layers behind each name, and which rows of the change are theirs.
+        flat: a name in the file -> that among the targets.
+
+    Raises:
         UserError: the file cannot be read, or has parts that fit no weight.
     """
     path, weight = split(asked)
     tensors, facts = files.read(path)
-    layers = _layers(stable)
-    parts = _parts(path, tensors)
-    told = _adapter(facts)
-    blocks = stable.unet.blocks
-    unknown = []
-    for name, part in parts.items():
-        layer = layers.get(_flat(name, blocks))
-        if layer is None or "down" not in part or "up" not in part:
+    told, unknown = _adapter(facts), []
+    for name, part in _parts(path, tensors).items():
+        found = targets.get(flat(name))
+        if found is None or "down" not in part or "up" not in part:
             unknown.append(name)
             continue
-        change = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
-        rank = part["down"].shape[0]
+        rank = len(part["down"])
         alpha = float(part["alpha"]) if "alpha" in part else _alpha(told, name, rank)
-        own = layer.weight
-        if change.numel() != own.numel():
+        product = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
+        own = sum(len(layer.weight) for layer, _ in found), found[0][0].weight[0].numel()
+        if product.shape != own:
             raise UserError(
-                f"{path}: {name} changes {tuple(change.shape)} numbers and the weight is "
-                f"{tuple(own.shape)}: it was made for another model"
+                f"{path}: {name} changes a matrix of {tuple(product.shape)}, and the weight is "
+                f"{own}: it was made for another model"
             )
-        change = change.reshape(own.shape).to(own.device) * (weight * alpha / rank)
-        changed = (own.float() + change).to(own.dtype)
-        last = own.ndim == 4 and own.is_contiguous(memory_format=torch.channels_last)
-        form = torch.channels_last if last else torch.contiguous_format
-        layer.weight = nn.Parameter(changed.contiguous(memory_format=form), requires_grad=False)
+        for layer, place in found:
+            more = place.take(product).view(layer.weight.shape) * (weight * alpha / rank)
+            changed = layer.weight.float() + more.to(layer.weight.device)
+            layer.weight = nn.Parameter(changed.to(layer.weight.dtype), requires_grad=False)
     if unknown:
         raise UserError(
             f"{path} changes {len(unknown)} parts that this checkpoint lacks or that are of a kind "

@@ -23,12 +23,14 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Rng
 from trilemma.diffusion import solvers
-from trilemma.diffusion.guidance import Denoiser, classifier_free, level
+from trilemma.diffusion.guidance import Denoiser, Guidance, classifier_free, level, within
+from trilemma.diffusion.schedules import Schedule
 from trilemma.errors import UserError
 from trilemma.networks.kl_autoencoder import KLAutoencoder
-from trilemma.networks.layers import Embedded
-from trilemma.networks.spatial_unet import SpatialUNet
+from trilemma.networks.layers import Embedded, Reuse
+from trilemma.networks.spatial_unet import SpatialUNet, for_each_text
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
+from trilemma.networks.token_merging import MOST
 from trilemma.stable.schedule import Spacing
 from trilemma.stable.text import Reader
 
@@ -40,6 +42,10 @@ WHOLE = 96
 Autoencoder = KLAutoencoder | TinyAutoencoder
 Watch = Callable[[int, Tensor], None]
 """(steps done, the x_0 expected (B, D, h, w)) -> None, after each step."""
+
+
+Predict = Callable[[Tensor, float, Embedded], Tensor]
+"""(x_t (B, ...), t, n texts for each) -> x_0 (n B, ...)."""
 
 
 class Start(NamedTuple):
@@ -70,6 +76,51 @@ def _solver(name: str, own: Mapping[str, Any]) -> solvers.Solver:
         return solvers.check(name, own)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def asked(scale: float, rescale: float, interval: Sequence[float] | None) -> Guidance:
+    """Return classifier-free guidance as it is asked for; raises UserError when it cannot be."""
+    if interval is not None and scale == 1:
+        raise UserError(
+            "guidance_interval says where classifier-free guidance acts, and there is none; give "
+            "a guidance above 1 (of FLUX.1: true_guidance)"
+        )
+    between = None if interval is None else tuple(interval)
+    try:
+        return Guidance(scale=scale, rescale=rescale, interval=between)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def reused(every: int) -> Reuse | None:
+    """Return what keeps what blocks made, for so many calls; None for 1."""
+    if every < 1:
+        raise UserError(f"reuse_blocks is {every}; expected 1, for never, or more")
+    return None if every == 1 else Reuse(every)
+
+
+def guided(predict: Predict, read: Embedded, guidance: Guidance, schedule: Schedule) -> Denoiser:
+    """Return the denoiser under texts, with classifier-free guidance.
+
+    Args:
+        predict: of the network.
+        read: B texts, and B more to go away from if there is guidance: one call for both.
+        guidance: its scale, rescale and interval.
+        schedule: by which the interval goes.
+    """
+    if guidance.scale == 1:
+        return lambda x, t: predict(x, t, read)
+
+    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        with_it, without = predict(x, t, read).chunk(2)
+        return with_it, without
+
+    denoise = classifier_free(both, guidance.scale, guidance.rescale)
+    if guidance.interval is None:
+        return denoise
+    halves = {name: part if part is None else part.chunk(2)[0] for name, part in vars(read).items()}
+    alone = Embedded(**halves)
+    return within(guidance.interval, denoise, lambda x, t: predict(x, t, alone), schedule)
 
 
 @dataclass(frozen=True)
@@ -126,7 +177,10 @@ class StableDiffusion:
         steps: int = STEPS,
         solver: str | None = None,
         guidance: float = GUIDANCE,
-        rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        reuse_blocks: int = 1,
+        merge_tokens: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         watch: Watch | None = None,
@@ -144,7 +198,12 @@ class StableDiffusion:
             steps: of the solver from all noise.
             solver: by name; the checkpoint's own if None.
             guidance: classifier-free; 1 is none.
-            rescale: of guidance: `guidance.classifier_free`.
+            guidance_interval: the sigma / alpha, above the first and up to the second, where
+                guidance acts; elsewhere a step takes half the time.
+            guidance_rescale: `guidance.classifier_free`.
+            reuse_blocks: deep blocks are computed in one step of so many (`SpatialUNet`).
+            merge_tokens: share of the tokens of the largest self-attentions that are merged into
+                others, up to 0.75 (`token_merging`).
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
             watch: called after each step.
@@ -160,6 +219,10 @@ class StableDiffusion:
         height, width = height or self.size, width or self.size
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
         self._check(image, mask, strength, steps, height, width)
+        if not 0 <= merge_tokens <= MOST:
+            raise UserError(f"merge_tokens is {merge_tokens}; expected 0, for none, to {MOST}")
+        guide = asked(guidance, guidance_rescale, guidance_interval)
+        reuse = reused(reuse_blocks)
         schedule, times = self.spacing.schedule, self.spacing.times(name, steps)
         if image is not None:
             times = times[steps - int(steps * strength) :]
@@ -168,9 +231,8 @@ class StableDiffusion:
             start = self._start(
                 rng, image, mask, strength, float(times[0]), unscaled, height, width
             )
-            denoise = self._denoiser(
-                texts, negative, guidance, rescale, start.told, (height, width)
-            )
+            size = height, width
+            denoise = self._denoiser(texts, negative, guide, start.told, size, reuse, merge_tokens)
             expected = x = start.x
 
             def watched(x: Tensor, t: float) -> Tensor:
@@ -261,43 +323,38 @@ class StableDiffusion:
         self,
         texts: Sequence[str],
         negative: str | None,
-        guidance: float,
-        rescale: float,
+        guidance: Guidance,
         told: Tensor | None,
         size: tuple[int, int],
+        reuse: Reuse | None,
+        merge: float,
     ) -> Denoiser:
         """Return the denoiser of pictures under texts, guided away from a negative one."""
-        count, guided = len(texts), guidance != 1
-        read = self.reader([*texts, *[negative or ""] * (count if guided else 0)])
-        if guided and negative is None and self.zeros:
+        count, away = len(texts), guidance.scale != 1
+        read = self.reader([*texts, *[negative or ""] * (count if away else 0)])
+        if away and negative is None and self.zeros:
             read = Embedded(
                 vector=_emptied(read.vector, count), tokens=_emptied(read.tokens, count)
             )
-        numbers = self._numbers(size, count, guided)
+        numbers = self._numbers(size, count, away)
 
-        def predict(x: Tensor, t: float) -> Tensor:
+        def predict(x: Tensor, t: float, text: Embedded) -> Tensor:
             alpha, sigma = level(self.spacing.schedule, t)
             given = x if told is None else torch.cat([x, told], 1)
-            if guided:
-                given, x = torch.cat([given, given]), torch.cat([x, x])
             if device.channels_last(self.where, self.kind):
                 given = given.contiguous(memory_format=torch.channels_last)
             time = torch.full((len(given),), t, dtype=torch.float64)
-            output = self.unet(given, time, read, numbers)
+            assert text.tokens is not None
+            facts = None if numbers is None else numbers[: len(text.tokens)]
+            output = self.unet(given, time, text, facts, reuse, merge)
+            x = for_each_text(x, output)
             if self.spacing.prediction == "sample":
                 return output
             if self.spacing.prediction == "v_prediction":
                 return alpha * x - sigma * output
             return (x - sigma * output) / alpha
 
-        if not guided:
-            return predict
-
-        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            with_it, without = predict(x, t).chunk(2)
-            return with_it, without
-
-        return classifier_free(both, guidance, rescale)
+        return guided(predict, read, guidance, self.spacing.schedule)
 
     def _numbers(self, size: tuple[int, int], count: int, guided: bool) -> Tensor | None:
         """Return what XL is told of the picture (B, 5 or 6): its size, that it is not cropped."""

@@ -25,15 +25,16 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Rng
 from trilemma.diffusion import solvers
-from trilemma.diffusion.guidance import Denoiser, classifier_free
+from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Straight
 from trilemma.errors import UserError
 from trilemma.networks.flux import Flux
 from trilemma.networks.kl_autoencoder import KLAutoencoder
-from trilemma.networks.layers import Embedded
+from trilemma.networks.layers import Embedded, Reuse
 from trilemma.networks.mmdit import MMDiT
+from trilemma.networks.spatial_unet import for_each_text
 from trilemma.stable import flow, flux, sd3, t5
-from trilemma.stable.pipeline import WHOLE, Autoencoder
+from trilemma.stable.pipeline import WHOLE, Autoencoder, asked, guided, reused
 from trilemma.stable.places import Place, find
 from trilemma.stable.t5 import Encoder
 
@@ -100,6 +101,8 @@ class Rectified(ABC):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser of latents (B, C, h, w) under B texts.
 
@@ -109,6 +112,8 @@ class Rectified(ABC):
             guidance: the model's own; its default if None.
             true_guidance: classifier-free guidance of a model whose own is another.
             rescale: of classifier-free guidance.
+            interval: where classifier-free guidance acts: `pipeline.StableDiffusion.draw`.
+            reuse: of all blocks but the first and the last.
 
         Raises:
             UserError: guidance that this model does not have.
@@ -132,7 +137,9 @@ class Rectified(ABC):
         solver: str | None = None,
         guidance: float | None = None,
         true_guidance: float = 1.0,
-        rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        reuse_blocks: int = 1,
         height: int | None = None,
         width: int | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
@@ -151,7 +158,10 @@ class Rectified(ABC):
             solver: by name; euler if None.
             guidance: the model's own, by default at its own strength.
             true_guidance: classifier-free, of a model whose own is another.
-            rescale: of classifier-free guidance.
+            guidance_interval: where that acts, or the model's own if it is classifier-free: the
+                sigma / alpha, above the first and up to the second.
+            guidance_rescale: of classifier-free guidance.
+            reuse_blocks: all blocks but the first and the last are computed in one step of so many.
             height: of the pictures; the image's, or the checkpoint's own, if None.
             width: the same.
             watch: called after each step with the steps done and the x_0 expected.
@@ -182,8 +192,9 @@ class Rectified(ABC):
             if not 0 < strength <= 1:
                 raise UserError(f"strength is {strength}; expected more than 0 and at most 1")
             times = times[int(steps - steps * strength) :]
+        how = guidance_rescale, guidance_interval, reused(reuse_blocks)
         with device.autocast(self.kind, self.where):
-            denoise = self.denoiser(texts, negative, guidance, true_guidance, rescale)
+            denoise = self.denoiser(texts, negative, guidance, true_guidance, *how)
             kept = small = None
             if image is not None:
                 image = image.to(self.where).expand(len(texts), -1, -1, -1)
@@ -252,32 +263,33 @@ class Rectified(ABC):
         said = self.network((1 - share) * x0 + share * noise, t, text, *told)
         return (said.float() - (noise - x0)).square().flatten(1).mean(1)
 
-    def _predict(self, x: Tensor, t: float, text: Embedded, *told: Tensor) -> Tensor:
-        """Return x_0 of x (B, C, h, w), computed in the network's format and returned in x's."""
-        kind = self.network.text.weight.dtype
-        time = x.new_full((len(x),), t, dtype=torch.float32)
-        return x - t * self.network(x.to(kind), time, text, *told).to(x.dtype)
-
     def _guided(
         self,
         texts: Sequence[str],
         negative: str | None,
         scale: float,
         rescale: float,
-        told: Callable[[Tensor], tuple[Tensor, ...]],
+        interval: Sequence[float] | None,
+        reuse: Reuse | None,
+        told: float | None = None,
     ) -> Denoiser:
-        """Return a denoiser with classifier-free guidance, of two texts by one call; 1 is none."""
-        guided = scale != 1
-        read = self.embed([*texts, *[negative or ""] * (len(texts) if guided else 0)])
-        if not guided:
-            return lambda x, t: self._predict(x, t, read, *told(x))
+        """Return a denoiser with classifier-free guidance; 1 is none.
 
-        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            x = torch.cat([x, x])
-            with_it, without = self._predict(x, t, read, *told(x)).chunk(2)
-            return with_it, without
+        It computes in the network's format and returns that of x; the network is told a number if
+        there is one.
+        """
+        guidance = asked(scale, rescale, interval)
+        read = self.embed([*texts, *[negative or ""] * (len(texts) if scale != 1 else 0)])
 
-        return classifier_free(both, scale, rescale)
+        def predict(x: Tensor, t: float, text: Embedded) -> Tensor:
+            assert text.tokens is not None
+            x = for_each_text(x, text.tokens)
+            time = x.new_full((len(x),), t, dtype=torch.float32)
+            number = () if told is None else (torch.full_like(time, told),)
+            given = x.to(self.network.text.weight.dtype)
+            return x - t * self.network(given, time, text, *number, reuse=reuse).to(x.dtype)
+
+        return guided(predict, read, guidance, SCHEDULE)
 
 
 class StableDiffusion3(Rectified):
@@ -327,6 +339,8 @@ class StableDiffusion3(Rectified):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser: classifier-free guidance where guidance is not 1."""
         if true_guidance != 1:
@@ -335,7 +349,7 @@ class StableDiffusion3(Rectified):
                 "true_guidance"
             )
         scale = self.guidance if guidance is None else guidance
-        return self._guided(texts, negative, scale, rescale, lambda x: ())
+        return self._guided(texts, negative, scale, rescale, interval, reuse)
 
 
 class Flux1(Rectified):
@@ -382,10 +396,12 @@ class Flux1(Rectified):
         guidance: float | None = None,
         true_guidance: float = 1.0,
         rescale: float = 0.0,
+        interval: Sequence[float] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """Return a denoiser that is told the guidance; classifier-free besides if asked for."""
-        scale, guided = self.guidance if guidance is None else guidance, self.network.guided
-        if scale != 1 and not guided:
+        scale, is_told = self.guidance if guidance is None else guidance, self.network.guided
+        if scale != 1 and not is_told:
             raise UserError(
                 f"guidance is {scale}, and this model is told none; give guidance 1, and "
                 "true_guidance above 1 to guide it classifier-free"
@@ -395,11 +411,8 @@ class Flux1(Rectified):
                 "a negative text acts by classifier-free guidance, which this model has not of its "
                 "own; give true_guidance above 1 besides"
             )
-
-        def told(x: Tensor) -> tuple[Tensor, ...]:
-            return (x.new_full((len(x),), scale, dtype=torch.float32),) if guided else ()
-
-        return self._guided(texts, negative, true_guidance, rescale, told)
+        told = scale if is_told else None
+        return self._guided(texts, negative, true_guidance, rescale, interval, reuse, told)
 
 
 def moments(autoencoder: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:

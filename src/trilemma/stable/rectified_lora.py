@@ -7,15 +7,12 @@ three layers that they are here.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trilemma.errors import UserError
-from trilemma.stable import files, flux, lora, sd3
-from trilemma.stable.places import Place, find
+from trilemma.stable import flux, lora, sd3
+from trilemma.stable.lora import Target
+from trilemma.stable.places import find
 from trilemma.stable.rectified import Rectified, StableDiffusion3
-
-Target = tuple[nn.Linear | nn.Conv2d, Place]
 
 
 def add(model: Rectified, asked: str) -> None:
@@ -26,40 +23,9 @@ def add(model: Rectified, asked: str) -> None:
         asked: FILE or FILE:WEIGHT.
 
     Raises:
-        UserError: the file cannot be read, or has parts that fit no weight.
+        UserError: as `lora.change`.
     """
-    path, weight = lora.split(asked)
-    tensors, facts = files.read(path)
-    targets, told, unknown = _targets(model), lora._adapter(facts), []
-    for name, part in lora._parts(path, tensors).items():
-        found = targets.get(_flat(name))
-        if found is None or "down" not in part or "up" not in part:
-            unknown.append(name)
-            continue
-        rank = len(part["down"])
-        alpha = float(part["alpha"]) if "alpha" in part else lora._alpha(told, name, rank)
-        change = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
-        rows = sum(len(layer.weight) for layer, _ in found)
-        if change.shape != (rows, found[0][0].weight[0].numel()):
-            raise UserError(
-                f"{path}: {name} changes a matrix of {tuple(change.shape)}, and the weight is "
-                f"{(rows, found[0][0].weight[0].numel())}: it was made for another model"
-            )
-        for layer, place in found:
-            _change(layer, place.take(change) * (weight * alpha / rank))
-    if unknown:
-        raise UserError(
-            f"{path} changes {len(unknown)} parts that this checkpoint's transformer lacks or that "
-            f"are of a kind not known, such as {unknown[0]}: it was made for another model"
-        )
-
-
-@torch.no_grad()
-def _change(layer: nn.Linear | nn.Conv2d, change: Tensor) -> None:
-    """Give a layer a changed weight of its own."""
-    own = layer.weight
-    changed = own.float() + change.view(own.shape).to(own.device)
-    layer.weight = nn.Parameter(changed.to(own.dtype), requires_grad=False)
+    lora.change(asked, _targets(model), _flat)
 
 
 def _targets(model: Rectified) -> dict[str, list[Target]]:
