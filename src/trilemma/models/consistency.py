@@ -34,8 +34,8 @@ f(x_t, t) from the times t at which sampling asks for them play the relativistic
 
 (Kim et al. 2024, "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of
 Diffusion", section 3.3, and Sauer, Lorenz, Blattmann, Rombach 2023, "Adversarial Diffusion
-Distillation", add such a term to distillation; theirs are other games). Without the consistency it
-does not learn: docs/families/fewstep.md.
+Distillation", add such a term to distillation; theirs are other games). Trials without either part:
+docs/families/fewstep.md.
 """
 
 from __future__ import annotations
