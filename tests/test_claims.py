@@ -112,3 +112,15 @@ def test_schedules(run, data, capsys):
     found, _ = check(capsys, "schedules", 9 + 3, "--run", run, "--data", data)
     assert len(found["probes"]) == 9
     assert found["1 calls"].keys() >= found["real"].keys() == {"sharpness", "from_mean", "apart"}
+
+
+@pytest.mark.slow
+def test_fewstep(run, data, capsys):
+    rows = 2 + 4 + 1  # of the teacher, of each method, and real pictures
+    found = check_twice(capsys, "fewstep", rows, "--run", run, "--data", data)
+    assert {"teacher, ddpm, 4 calls", "adversarial, 1 calls", "reflow, 1 calls"} <= set(found)
+    assert json.loads(Path("runs/claims/fewstep/reflow-1-8/processor.json").read_text()) > 0
+    script = importlib.import_module("fewstep")
+    script.main(["--tiny", "--speed", "--run", run, "--data", data])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6

@@ -21,7 +21,7 @@ from trilemma.diffusion.targets import TARGETS
 from trilemma.distilling import METHODS, distill, student
 from trilemma.errors import Interrupted, UserError
 from trilemma.model import Frozen
-from trilemma.models.consistency import Consistency, nearer
+from trilemma.models.consistency import Adversarial, Consistency, nearer
 from trilemma.models.diffusion import Diffusion
 from trilemma.models.distillation import Progressive, Reflow, levels
 
@@ -275,12 +275,69 @@ def test_a_student_is_a_run_like_any_other(method, data, teacher, tmp_path):
         loaded.sample(1, guidance=3.0)
 
 
+def adversarial(student_knows, critic, steps=2, **more):
+    objective = Adversarial(Frozen(model(expected)), critic, steps, **more)
+    return objective, model(student_knows, objective=objective)
+
+
+class Scores(nn.Module):
+    """A critic by a function of pictures (B, 2)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, image, label):
+        return self.function(image.flatten(1))
+
+
+def test_a_critic_that_knows_nothing_leaves_the_losses_of_the_equilibrium():
+    objective, student = adversarial(mapped, Scores(lambda x: 0 * x.sum(1)))
+    told = objective.critic_loss(student, batch())
+    assert told["loss"].item() == pytest.approx(math.log(2))
+    assert told["penalty"] == 0 and told["ahead"] == 0
+    losses = objective.loss(student, batch())
+    assert losses["unreal"].item() == pytest.approx(math.log(2))
+    total = losses["distance"] + objective.weight * losses["unreal"]
+    assert losses["loss"].item() == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_known_map_leaves_a_critic_nothing_to_tell(steps):
+    """At the times of sampling it draws the data's distribution, so at any of them no score can."""
+    objective, student = adversarial(mapped, Scores(lambda x: x[:, 0]), steps)
+    _, drawn, _ = objective.pair(student, batch(8000))
+    torch.testing.assert_close(drawn.flatten(1).mean(0), MEAN32, rtol=0, atol=0.03)
+    torch.testing.assert_close(drawn.flatten(1).T.cov(), COVARIANCE.float(), rtol=0, atol=0.03)
+    _, student = adversarial(expected, Scores(lambda x: x[:, 0]), steps)
+    _, mean, _ = objective.pair(student, batch(8000))
+    assert (mean.flatten(1).T.cov().diag() < 0.9 * COVARIANCE.float().diag()).all()
+
+
+def test_the_critic_looks_at_the_times_of_sampling_within_bounds():
+    objective, student = adversarial(mapped, Scores(lambda x: x[:, 0]), steps=2)
+    seen = []
+    denoise = student.denoise
+    student.denoise = lambda x, t, embedded: seen.append(t) or denoise(x, t, embedded)
+    objective.pair(student, batch())
+    assert set(seen[0].tolist()) == {1.0, 0.5}
+    student.codec.bounds = (-0.1, 0.1)
+    _, drawn, _ = objective.pair(student, batch())
+    assert drawn.abs().max() <= 0.1
+
+
+def test_the_penalty_is_on_real_and_drawn_pictures():
+    objective, student = adversarial(mapped, Scores(lambda x: 3 * x[:, 0]))
+    steep = objective.critic_loss(student, batch(4000))["penalty"].item()
+    assert steep == pytest.approx(2 * 3**2, rel=0.1)  # of a quarter of them, at four times the size
+
+
 def test_the_critic_and_the_student_learn_apart(data, teacher, tmp_path):
     made = student(sampling.load(teacher), teacher, "adversarial", 2, 1.5)
     spec = recipe.override(recipe.resolve(made, training.facts(data)), [CRITIC])
     model = recipe.build(spec["model"])
     names = [phase.name for phase in model.phases()]
-    assert names == ["critic", "consistency"]
+    assert names == ["critic", "student"]
     own = [{p for m in phase.modules for p in m.parameters()} for phase in model.phases()]
     assert not own[0] & own[1]
     assert own[0] | own[1] == {p for p in model.parameters() if p.requires_grad}
@@ -291,12 +348,18 @@ def test_the_critic_and_the_student_learn_apart(data, teacher, tmp_path):
         assert any(p.grad is not None for p in moved)
         assert not any(p.grad is not None for p in still)
         model.zero_grad(set_to_none=True)
-    assert set(model.objective._starts(model, given.rng).tolist()) <= {1.0, 0.5}
+    rates = made["train"]
+    assert rates["optimizer"]["lr"] == 2e-3 and rates["optimizer"]["type"] == "adam"
+    assert rates["phases"]["student"]["lr"] == 2e-3  # a quarter of the teacher's
+    assert rates["phases"]["student"]["type"] == "muon"
 
 
 def test_a_student_begins_with_its_teachers_weights(data, teacher, tmp_path):
     still = ("train.optimizer={type='adam',lr=0.0}",)
-    distill(teacher, 1, data=data, out=tmp_path / "s", images=8, overrides=still, quiet=True)
+    distill(
+        teacher, 1, method="consistency", data=data, out=tmp_path / "s", images=8, overrides=still,
+        quiet=True,
+    )  # fmt: skip
     own, theirs = checkpoint.read_model(tmp_path / "s")[0], checkpoint.read_model(teacher)[0]
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
@@ -310,7 +373,7 @@ def test_a_student_goes_on_bit_for_bit_when_the_teacher_is_gone(data, teacher, t
         raise Interrupted("as by Ctrl-C")
 
     def run(out, **more):
-        name = tmp_path / "whole" / "quick-diffusion-consistency-1.toml"
+        name = tmp_path / "whole" / "quick-diffusion-adversarial-1.toml"
         return training.train(
             name, data, out=out, images=48, quiet=True, overrides=["train.save_every=0"], **more
         )
@@ -344,7 +407,9 @@ def test_a_student_of_latents_needs_no_first_stage_but_its_teachers(data, tmp_pa
         overrides=changes["latent-diffusion"],
     )  # fmt: skip
     shutil.rmtree("runs/kl-f4")
-    distill("latent", 1, data=data, out="s", images=8, quiet=True)
+    with pytest.raises(UserError, match="4 x 4.*too small.*--method consistency"):
+        distill("latent", 1, data=data, out="s", images=8, quiet=True)
+    distill("latent", 1, method="consistency", data=data, out="s", images=8, quiet=True)
     own, theirs = checkpoint.read_model("s")[0], checkpoint.read_model("latent")[0]
     codec = [name for name in theirs if name.startswith("codec.")]
     assert codec and all(torch.equal(own[name], theirs[name]) for name in codec)
@@ -354,7 +419,7 @@ def test_a_student_of_latents_needs_no_first_stage_but_its_teachers(data, tmp_pa
 def test_what_cannot_be_distilled_is_named(data, teacher, tmp_path):
     with pytest.raises(UserError, match="--to is 0.*at least 1 step"):
         distill(teacher, 0)
-    with pytest.raises(UserError, match="no method 'magic'; expected one of consistency"):
+    with pytest.raises(UserError, match="no method 'magic'; expected one of adversarial"):
         distill(teacher, 1, method="magic")
     small = tiny.overrides("ae")
     training.train("ae", data, out=tmp_path / "ae", steps=1, quiet=True, overrides=small)

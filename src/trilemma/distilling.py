@@ -22,8 +22,8 @@ from trilemma.sampling import Trained
 from trilemma.training import train
 
 METHODS = {
-    "consistency": "Song et al. 2023; Geng et al. 2024",
     "adversarial": "Kim et al. 2024; Sauer et al. 2023",
+    "consistency": "Song et al. 2023; Geng et al. 2024",
     "progressive": "Salimans & Ho 2022",
     "reflow": "Liu, Gong, Liu 2023",
 }
@@ -31,13 +31,16 @@ METHODS = {
 
 COARSEST = 8  # steps, at least, of the first student of progressive distillation
 SLOWER = 4  # by how much less than the teacher's the learning rate of a student is
+SMALLEST = 8  # side of what a critic looks at
+CRITIC = {"type": "adam", "lr": 2e-3, "betas": [0.5, 0.99]}  # its optimizer, as in the recipe gan
+MOMENTUM = 0.9  # of Muon where the student plays against a critic
 
 
 def distill(
     run: str | Path,
     to: int,
     *,
-    method: str = "consistency",
+    method: str = "adversarial",
     guidance: float | None = None,
     data: str | Path | Dataset | None = None,
     out: str | Path | None = None,
@@ -85,6 +88,12 @@ def distill(
         raise UserError(
             f"{run} is a consistency model, which knows pictures and no paths to them; give the "
             "run of the diffusion model that it was distilled from, or sample it in fewer steps"
+        )
+    _, *sides = teacher.model.codec.shape
+    if method == "adversarial" and max(sides) < SMALLEST:
+        raise UserError(
+            f"{run} draws maps of {sides[0]} x {sides[1]}, which are too small for the critic of "
+            "the method adversarial; use --method consistency"
         )
     guidable = teacher.model.conditioner.guidable
     if guidance is None:
@@ -166,14 +175,12 @@ def student(
     own: dict[str, Any] = {
         "consistency": {"type": "models.consistency.Consistency", "gap": 0.5},
         "adversarial": {
-            "type": "models.consistency.Consistency",
-            "gap": 0.5,
+            "type": "models.consistency.Adversarial",
             "steps": steps,
             "critic": {
-                "type": "networks.dcgan.Critic",
+                "type": "networks.residual.Critic",
                 "shape": list(teacher.model.codec.shape),
                 "classes": teacher.model.conditioner.classes,
-                "norm": "none",
             },
         },
         "progressive": {"type": "models.distillation.Progressive", "steps": steps},
@@ -186,6 +193,10 @@ def student(
     for rate in ("lr", "adam_lr"):
         if rate in optimizer:
             optimizer[rate] /= SLOWER
+    if method == "adversarial":
+        if optimizer["type"] == "muon":
+            optimizer["momentum"] = MOMENTUM
+        settings |= {"optimizer": dict(CRITIC), "phases": {"student": optimizer}}
     settings |= {"schedule": "cosine", "warmup": min(settings.get("warmup", 0), 3_000)}
     settings |= {"images": max(teacher.progress["seen"] // 2, 1)}
     sample: dict[str, Any] = {

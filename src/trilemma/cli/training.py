@@ -140,8 +140,8 @@ def distill(
     run: Run,
     to: Annotated[int, typer.Option(help="Steps of the student, each a network call.")],
     method: Annotated[
-        str, typer.Option(help="consistency, adversarial, progressive or reflow.")
-    ] = ("consistency"),
+        str, typer.Option(help="adversarial, consistency, progressive or reflow.")
+    ] = "adversarial",
     data: Annotated[
         str | None, typer.Option(help="Pictures to train on.", show_default="the teacher's")
     ] = None,

@@ -25,23 +25,25 @@ At gap 1, x_r is the picture and this is denoising, with which it begins. The si
 F is sqrt(e^2 + c^2) - c for each picture (the pseudo-Huber distance of Song & Dhariwal 2024,
 "Improved Techniques for Training Consistency Models", section 3.3).
 
-With a critic D, pictures from the times at which sampling asks for them must also look real:
+`Adversarial` adds what no distance between single pictures says, that they look real. Pictures
+f(x_t, t) from the times t at which sampling asks for them play the relativistic game of
+`models.gan` with R1 and R2 against the real ones that x_t was made of; with the softplus s,
 
-    + weight s(-D(f(x_t, t))),      D lowers s(-D(x_0)) + s(D(f(x_t, t))) + w |grad D(x_0)|^2
+    consistency of the first half + weight s(D(x_0) - D(f(x_t, t))),
+    D lowers s(D(f(x_t, t)) - D(x_0)) + w (|grad D(x_0)|^2 + |grad D(f(x_t, t))|^2)
 
-with the softplus s and R1 (`models.gan`): Kim et al. 2024, "Consistency Trajectory Models: Learning
-Probability Flow ODE Trajectory of Diffusion", and Sauer et al. 2023, "Adversarial Diffusion
-Distillation", add such a term to distillation.
+(Kim et al. 2024, "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of
+Diffusion", section 3.3, and Sauer, Lorenz, Blattmann, Rombach 2023, "Adversarial Diffusion
+Distillation", add such a term to distillation; theirs are other games). Trials without either part:
+docs/families/fewstep.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.batch import Batch, Rng
@@ -52,10 +54,13 @@ from trilemma.diffusion.times import LogNormal
 from trilemma.model import Frozen, Losses, Phase
 from trilemma.models.diffusion import Diffusion
 from trilemma.models.distillation import Objective, ddim_step, levels, per_output, within
-from trilemma.models.gan import gradient_norms
+from trilemma.models.gan import GAMES, gradient_norms
 from trilemma.networks.layers import one_hot
 
-R1_WEIGHT, R1_SHARE = 0.5, 0.25  # of the penalty, and of the pictures on which it is taken
+GAME = GAMES["relativistic"]
+PENALTY, PENALISED = 0.1, 0.25  # weight of R1 and R2, and share of the pictures they are taken on
+FIRST = 0.5  # share of the critic's pictures that begin with noise alone, which is hardest
+HELD = 2  # of so many pictures, one is held to consistency too
 
 
 class Consistency(Objective):
@@ -69,9 +74,6 @@ class Consistency(Objective):
         smallest: below which it does not fall.
         times: at which to begin; LogNormal(0, 2) if None, which reaches all noise.
         huber: c, for the root of an error's mean square.
-        critic: maps x (B, C, H, W) and one-hot classes to scores (B,): networks.dcgan.Critic, say.
-        weight: of the critic's word.
-        steps: at whose times, on the grid even_share, it looks; a half of all times are these.
     """
 
     name = "consistency"
@@ -85,9 +87,6 @@ class Consistency(Objective):
         smallest: float = 0.01,
         times: Callable[[Rng, Schedule], Tensor] | None = None,
         huber: float = 0.001,
-        critic: nn.Module | None = None,
-        weight: float = 0.2,
-        steps: int = 1,
     ) -> None:
         super().__init__(teacher, guidance)
         if not 0 < smallest <= gap <= 1 or halving < 1:
@@ -98,12 +97,9 @@ class Consistency(Objective):
         self.first, self.halving, self.smallest = gap, halving, smallest
         self.times = times or LogNormal(0.0, 2.0)
         self.huber = huber
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; expected at least 1")
-        self.critic, self.weight, self.steps = critic, weight, steps
 
     def phases(self, model: Diffusion) -> list[Phase]:
-        """Return the critic's turn, where there is one, and the student's.
+        """Return the one phase.
 
         Raises:
             ValueError: the target is the picture, so that f(x_0, 0) would be the network's word.
@@ -114,9 +110,7 @@ class Consistency(Objective):
                 "target 'image' leaves x_0 without noise to the network, and a consistency model "
                 "must give it back; use straight, velocity or preconditioned"
             )
-        critic = partial(self.critic_loss, model)
-        first = [] if self.critic is None else [Phase("critic", critic, [self.critic])]
-        return first + super().phases(model)
+        return super().phases(model)
 
     def gap(self, seen: int) -> float:
         """Return the share by which r has less noise than t after so many images."""
@@ -127,10 +121,6 @@ class Consistency(Objective):
         rng = batch.rng
         x0 = encoded(model.codec, batch)
         t = self.times(rng, model.schedule)  # (B,)
-        looked_at = torch.zeros_like(t)
-        if self.critic is not None:
-            looked_at = (rng.uniform() < 0.5).to(t.dtype)
-            t = torch.where(looked_at > 0, self._starts(model, rng), t)
         noise = rng.normal(*x0.shape[1:])
         alpha, sigma = levels(model, t, x0)
         x = alpha * x0 + sigma * noise
@@ -147,40 +137,83 @@ class Consistency(Objective):
         with torch.no_grad():
             target = within(model, model.denoise(y, r, embedded))
         error = ((guess - target) * per_output(model, t, x)).flatten(1).square().mean(1)
-        loss = ((error + self.huber**2).sqrt() - self.huber).mean()
-        if self.critic is None:
-            return {"loss": loss}
-        score = self.critic(guess, self._label(model, batch))
-        real = 2 * (looked_at * F.softplus(-score)).mean()
-        return {"loss": loss + self.weight * real, "distance": loss, "unreal": real}
+        return {"loss": ((error + self.huber**2).sqrt() - self.huber).mean()}
+
+
+class Adversarial(Consistency):
+    """Consistency, and pictures that a critic cannot tell from real ones.
+
+    Args:
+        teacher: whose paths they are, with the student's schedule.
+        critic: maps x (B, C, H, W) and label vectors (B, K) to scores (B,).
+        steps: of sampling, on the grid even_share, at whose times the critic looks.
+        weight: of the critic's word.
+        more: as `Consistency` takes it.
+
+    Raises:
+        ValueError: no step.
+    """
+
+    name = "student"
+
+    def __init__(
+        self,
+        teacher: Frozen,
+        critic: nn.Module,
+        steps: int = 1,
+        guidance: float = 1.0,
+        gap: float = 0.5,
+        halving: int = 10_000,
+        smallest: float = 0.01,
+        weight: float = 0.3,
+    ) -> None:
+        super().__init__(teacher, guidance, gap, halving, smallest)
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; expected at least 1")
+        self.critic, self.weight, self.steps = critic, weight, steps
+
+    def phases(self, model: Diffusion) -> list[Phase]:
+        """Return the critic's turn and the student's; raises as `Consistency.phases`."""
+        critic = Phase("critic", partial(self.critic_loss, model), [self.critic])
+        return [critic, *super().phases(model)]
+
+    def loss(self, model: Diffusion, batch: Batch) -> Losses:
+        """Return how unreal the pictures look, and the distance from consistency."""
+        real, fake, label = self.pair(model, batch)
+        unreal = GAME.generator(self.critic(real, label), self.critic(fake, label)).mean()
+        part = slice(0, -(-len(batch) // HELD))
+        kept = None if batch.kept is None else batch.kept[part]
+        held = Batch(batch.image[part], batch.condition[part], batch.seen, batch.rng[part], kept)
+        distance = super().loss(model, held)["loss"]
+        return {"loss": distance + self.weight * unreal, "distance": distance, "unreal": unreal}
 
     def critic_loss(self, model: Diffusion, batch: Batch) -> Losses:
         """Tell the student's pictures from real ones."""
-        critic, rng, label = cast(nn.Module, self.critic), batch.rng, self._label(model, batch)
-        x0 = encoded(model.codec, batch)
-        condition = self.told(model, batch)
         with torch.no_grad():
-            t = self._starts(model, rng)
-            alpha, sigma = levels(model, t, x0)
-            x = alpha * x0 + sigma * rng.normal(*x0.shape[1:])
-            embedded = model.conditioner(condition, rng if self.teacher is None else None)
-            fake = model.denoise(x, t, embedded)
-        real, drawn = critic(x0, label), critic(fake, label)
-        chosen = rng.uniform() < R1_SHARE
-        told = label[chosen]
-        steep = gradient_norms(lambda x: critic(x, told), x0[chosen]).sum() / (R1_SHARE * len(x0))
-        loss = (F.softplus(-real) + F.softplus(drawn)).mean()
-        correct = ((real > 0).float().mean() + (drawn < 0).float().mean()) / 2
-        return {"loss": loss + R1_WEIGHT * steep, "correct": correct, "penalty": steep.detach()}
+            real, fake, label = self.pair(model, batch)
+        score, drawn = self.critic(real, label), self.critic(fake, label)
+        chosen = batch.rng.uniform() < PENALISED
+        at, told = torch.cat([real[chosen], fake[chosen]]), torch.cat([label[chosen]] * 2)
+        steep = gradient_norms(lambda x: self.critic(x, told), at).sum() / (PENALISED * len(real))
+        return {
+            "loss": GAME.critic(score, drawn).mean() + PENALTY * steep,
+            "real": score.detach().mean(),
+            "fake": drawn.detach().mean(),
+            "ahead": (score > drawn).float().mean(),
+            "penalty": steep.detach(),
+        }
 
-    def _starts(self, model: Diffusion, rng: Rng) -> Tensor:
-        """Draw (B,) of the times at which sampling asks for pictures."""
-        times = even_share(model.schedule, self.steps).to(rng.device, torch.float32)
-        return times[rng.integers(self.steps)]
-
-    def _label(self, model: Diffusion, batch: Batch) -> Tensor:
+    def pair(self, model: Diffusion, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_0, what the student draws of it as sampling would, and label vectors (B, K)."""
+        rng, x0 = batch.rng, encoded(model.codec, batch)
+        times = even_share(model.schedule, self.steps)[:-1].to(x0.device, torch.float32)
+        t = times[torch.where(rng.uniform() < FIRST, 0, rng.integers(self.steps))]
+        alpha, sigma = levels(model, t, x0)
+        x = alpha * x0 + sigma * rng.normal(*x0.shape[1:])
+        drawn = model.denoise(x, t, model.conditioner(self.told(model, batch)))
         classes = model.conditioner.classes
-        return one_hot(batch.condition.label, classes, len(batch), batch.image.device)
+        label = one_hot(batch.condition.label, classes, len(batch), x0.device)
+        return x0, within(model, drawn.float()), label
 
 
 def nearer(schedule: Schedule, t: Tensor, gap: float) -> Tensor:

@@ -330,7 +330,7 @@ def finetune(
     how = {k: v for k, v in asdict(tuning).items() if k not in ("steps", "recompute")}
     facts = {
         "tuning": {**how, "targets": list(tuning.targets)},
-        "pictures": [one.fingerprint for one in data],
+        "pictures": [one.fingerprint for one in ([data] if isinstance(data, Dataset) else data)],
         "checkpoint": name,
         "precision": next(k for k, v in device.FORMATS.items() if v == kind),
     }
