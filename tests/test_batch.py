@@ -10,7 +10,7 @@ from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
 
 def test_philox_known_answer():
     """The published test vector of Philox4x32-10 for an all-zero counter and key."""
-    words = Rng([0])._bits(4)[0].tolist()
+    words = [int(word) & 0xFFFFFFFF for word in Rng([0])._bits(1, 1)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
@@ -18,6 +18,22 @@ def test_a_stream_does_not_depend_on_its_batch():
     together, alone = Rng([3, 2**62, 7]), Rng([2**62])
     for _ in range(3):
         assert torch.equal(together.normal(3, 5)[1:2], alone.normal(3, 5))
+
+
+def test_uniform_numbers_are_the_upper_bits_of_the_words():
+    seeds = [5, 2**40 + 3]
+    words = torch.stack(Rng(seeds)._bits(3, 1), -1)[0].flatten(1) & 0xFFFFFFFF
+    assert torch.equal(Rng(seeds).uniform(10), ((words[:, :10] >> 9).float() + 0.5) * 2.0**-23)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (7,), (2, 4, 4)])
+def test_many_draws_at_once_are_the_draws_one_by_one(shape, monkeypatch):
+    monkeypatch.setattr("trilemma.batch.TOGETHER", 3 * 4 * math.prod(shape))  # four at a time
+    many, single = Rng([3, 2**62, 7]), Rng([3, 2**62, 7])
+    drawn = list(many.normals(6, *shape))
+    assert len(drawn) == 6
+    assert all(torch.equal(noise, single.normal(*shape)) for noise in drawn)
+    assert torch.equal(many.uniform(2), single.uniform(2))
 
 
 def test_streams_and_calls_differ():

@@ -136,6 +136,73 @@ def test_times():
     assert abs(t.mean() - 0.5) < 0.05 and abs(t.std() - 2) < 0.05
 
 
+def importance(root, rounds=6, history=4, even=0.0):
+    """Times that were told losses of a root mean square at each step, in random order."""
+    sampler = times.Importance(len(root), history, even)
+    order = torch.Generator().manual_seed(0)
+    t = torch.arange(1, len(root) + 1) / len(root)
+    for _ in range(rounds):
+        for step in torch.randperm(len(root), generator=order).split(3):
+            sign = torch.where(torch.rand(len(step), generator=order) < 0.5, -1.0, 1.0)
+            sampler.tell(t[step], sign * root[step])
+        sampler.update()
+    return sampler
+
+
+def test_importance_is_even_until_every_step_has_its_history():
+    root = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    for rounds in range(4):
+        sampler = importance(root, rounds)
+        assert sampler.known == float(rounds >= 4)
+        assert sampler.probabilities().tolist() == [0.25] * 4 and sampler.visited == 1
+    sampler = importance(root, 4)
+    assert sampler.known == 1
+    torch.testing.assert_close(sampler.probabilities(), root.double() / 16)
+    assert sampler.visited == pytest.approx(16**2 / (4 * 114))
+    drawn = sampler(Rng(range(20000)), None)
+    shares = torch.bincount((drawn * 4).long() - 1, minlength=4) / 20000
+    torch.testing.assert_close(shares, root / 16, rtol=0, atol=0.015)
+
+
+def test_importance_forgets_all_but_the_last_losses():
+    sampler = importance(torch.ones(3), history=2)
+    sampler.tell(torch.tensor([1, 1, 1, 1, 2]) / 3, torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0]))
+    sampler.tell(torch.tensor([2, 2]) / 3, torch.tensor([math.nan, 3.0]))
+    sampler.update()
+    assert [sorted(row) for row in sampler.losses.abs().tolist()] == [[7, 8], [3, 9], [1, 1]]
+
+
+@pytest.mark.parametrize("even", [0.0, 0.1, 1.0])
+def test_a_loss_drawn_by_importance_is_unbiased_and_varies_least(even):
+    mean = torch.tensor([1000.0, 30.0, 4.0, 1.0, 1.0])
+    sampler = importance(mean, even=even)
+    every = torch.arange(1, 6) / 5
+    estimate = sampler.weight(every).double() * mean  # at each step
+    chance = sampler.probabilities()
+    assert chance.sum() == pytest.approx(1)
+    assert (chance * estimate).sum() == pytest.approx(mean.double().mean().item())
+    variance = (chance * estimate.square()).sum() - mean.double().mean() ** 2
+    evenly = mean.double().square().mean() - mean.double().mean() ** 2
+    assert variance < {0.0: 1e-6, 0.1: 0.15, 1.0: 1.0 + 1e-6}[even] * evenly
+
+
+def test_several_processes_share_one_history(monkeypatch):
+    t, loss = torch.tensor([1, 2, 1, 3, 1, 1]) / 3, torch.arange(6.0)
+    alone, shared = times.Importance(3, 2), times.Importance(3, 2)
+    alone.tell(t, loss)
+    alone.update()
+    others = iter([torch.tensor([2, 0, 0]), loss[3:]])  # steps and losses of the second process
+    monkeypatch.setattr(times.distributed, "gather", lambda own: torch.stack([own, next(others)]))
+    shared.tell(t[:3], loss[:3])
+    shared.update()
+    assert torch.equal(alone.losses, shared.losses) and torch.equal(alone.told, shared.told)
+
+
+def test_importance_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="history 0 and even 0.001; expected at least 1"):
+        times.Importance(10, 0)
+
+
 def test_min_snr_weights():
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     alpha, sigma = SCHEDULES["cosine"](t)

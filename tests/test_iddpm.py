@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 import tiny
-from trilemma import data, training
-from trilemma.batch import Condition, to_float
+from trilemma import checkpoint, data, training
+from trilemma.batch import Batch, Condition, Rng, to_float
+from trilemma.codecs import Pixels
+from trilemma.diffusion.schedules import Linear
+from trilemma.diffusion.times import Uniform
 from trilemma.errors import UserError
 from trilemma.model import HasCostlyLikelihood
+from trilemma.models.diffusion import Diffusion
 
 STEPS = 12
 SHORT = [f"model.schedule.steps={STEPS}", f"model.times.steps={STEPS}"]
@@ -58,3 +63,72 @@ def test_it_draws_with_the_variance_it_learned(trained):
     assert fitted.sample(2, solver="dpmpp_2m", steps=3).shape == (2, *pictures.shape)
     with pytest.raises(UserError, match="cannot be sampled with 'variance'"):
         fitted.sample(2, solver="dpmpp_2m", steps=3, variance="learned")
+
+
+BOUND = [
+    *("model.loss=bound", "model.times.type=diffusion.times.Importance", "model.times.history=2"),
+    *("model.schedule.steps=4", "model.times.steps=4", "train.batch=16", "train.log_every=1"),
+]
+
+
+def fit(folder, out, *more, **options):
+    pictures = data.load(folder, split="all", channels=1)
+    changes = [*tiny.overrides("iddpm"), *BOUND, *more]
+    return training.train("iddpm", pictures, out=out, quiet=True, overrides=changes, **options)
+
+
+def state(out):
+    tensors, _ = checkpoint.read(out / "training" / "state.safetensors")
+    return tensors
+
+
+def test_times_drawn_by_importance_resume_exactly(tmp_path):
+    folder = tiny.pictures(tmp_path / "pictures")
+    fit(folder, tmp_path / "whole", steps=6)
+    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert told[0]["known"] < told[-1]["known"] == 1  # importance has begun
+    assert 0 < told[-1]["visited"] < 1 and told[-1]["loss"] == told[-1]["bound"]
+    fit(folder, tmp_path / "parts", steps=3)
+    fit(folder, tmp_path / "parts", steps=6, resume=True)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert any("times.losses" in name for name in whole)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_importance_does_not_depend_on_how_a_batch_is_split(tmp_path):
+    folder = tiny.pictures(tmp_path / "pictures")
+    fit(folder, tmp_path / "whole", steps=5)
+    fit(folder, tmp_path / "parts", "train.accumulate=4", steps=5)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    for name in whole:
+        if "times" in name:
+            torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-3)
+
+
+class Blank(torch.nn.Module):
+    """Expects grey pictures behind all noise, and a variance half way in between."""
+
+    def forward(self, x, time, embedded):
+        return torch.zeros(len(x), 2, *x.shape[2:])
+
+
+def test_the_bound_as_a_loss_is_the_bound_that_is_told():
+    """The mean over all steps of what training estimates is `log_prob`'s, but for L_T."""
+    schedule, x0 = Linear(4, 0.1, 0.5), to_float(torch.arange(128).view(2, 1, 8, 8).byte())
+    options = {"target": "image", "learn_variance": True, "loss": "bound"}
+    model = Diffusion(Pixels((1, 8, 8)), Blank(), None, schedule, times=Uniform(4), **options)
+    found = []
+    for step in range(1, 5):
+        model.times = lambda rng, schedule, t=step / 4: torch.full((len(rng),), t)
+        found.append(model.loss(Batch(x0, Condition(2), 0, Rng(range(2))))["loss"])
+    alpha, sigma = schedule(torch.ones(()))
+    last = 0.5 * (alpha / sigma) ** 2 * x0.square().mean() / math.log(2)
+    bits = -model.log_prob(x0).mean() / (math.log(2) * 64)
+    assert (sum(found) / 4 + last).item() == pytest.approx(bits.item(), rel=1e-4)
+
+
+def test_a_bound_without_steps_is_refused():
+    with pytest.raises(ValueError, match="loss 'bound' are of steps"):
+        Diffusion(Pixels((1, 8, 8)), torch.nn.Identity(), loss="bound")

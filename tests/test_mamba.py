@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trilemma.networks.dit import DiT
 from trilemma.networks.layers import Embedded
-from trilemma.networks.mamba import ORDERS, Block, Mamba, order, scan
+from trilemma.networks.mamba import ORDERS, Block, Mamba, Reorder, order, scan
 from trilemma.profile import flops
 
 WIDTH = 16
@@ -64,6 +64,20 @@ def test_an_order_visits_every_patch_once(name):
     if name.startswith("zigzag"):
         rows, columns = path // 4, path % 4
         assert ((rows.diff().abs() + columns.diff().abs()) == 1).all()  # to a neighbour each time
+
+
+def test_another_order_and_its_gradient_are_those_of_indexing():
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    path = order("zigzag", 4, 3)
+    reordered = Reorder.apply(x, path, path.argsort())
+    assert torch.equal(reordered, x[:, path])
+    up = torch.randn_like(x)
+    expected = torch.autograd.grad(x[:, path], x, up)
+    assert torch.equal(torch.autograd.grad(reordered, x, up)[0], expected[0])
+    block = Block(8, 2, 8, 4)
+    tokens = torch.randn(2, 12, 8)
+    assert torch.equal(block(tokens, None, 3), block(tokens, order("rows", 3, 4), 3))
 
 
 def test_orders_are_what_they_are_called():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+TOGETHER = 3 * 2**16  # numbers that `Rng.normals` makes at once: enough for all cores, and in cache
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -105,41 +106,69 @@ class Rng:
         other._calls = self._calls
         return other
 
-    def _bits(self, count: int) -> Tensor:
-        """Return (B, >= count) independent 32-bit integers as int64."""
-        blocks = -(-count // 4)
-        index = torch.arange(blocks, device=self.device).expand(len(self), blocks)
-        key0, key1 = self.seeds[:, None] & _MASK, (self.seeds[:, None] >> 32) & _MASK
-        c0, c1 = index, torch.zeros_like(index)
-        c2, c3 = torch.full_like(index, self._calls), torch.zeros_like(index)
-        self._calls += 1
-        for _ in range(10):
+    def _bits(self, blocks: int, draws: int) -> list[Tensor]:
+        """Return the four words of each block for the next `draws` calls: (draws, B, blocks) int64.
+
+        Their low 32 bits count; above them may be anything.
+        """
+        calls = torch.arange(self._calls, self._calls + draws, device=self.device)
+        self._calls += draws
+        c0, c2 = torch.arange(blocks, device=self.device)[None, None], calls[:, None, None]
+        c1 = c3 = torch.zeros_like(c2)
+        turns = torch.arange(10, device=self.device)[:, None, None]
+        keys0 = ((self.seeds[:, None] & _MASK) + turns * 0x9E3779B9) & _MASK  # (10, B, 1)
+        keys1 = (((self.seeds[:, None] >> 32) & _MASK) + turns * 0xBB67AE85) & _MASK
+        for turn, (key0, key1) in enumerate(zip(keys0, keys1, strict=True)):
             product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64, wrapping: 32x32 -> 64
-            c0, c1, c2, c3 = (
-                ((product1 >> 32) & _MASK) ^ c1 ^ key0,
-                product1 & _MASK,
-                ((product0 >> 32) & _MASK) ^ c3 ^ key1,
-                product0 & _MASK,
-            )
-            key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
-        return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)
+            if turn < 2:  # block, call and seed have not all met yet: less than the whole shape
+                c0 = ((product1 >> 32) ^ (c1 ^ key0)) & _MASK
+                c2 = ((product0 >> 32) ^ (c3 ^ key1)) & _MASK
+            else:
+                torch.bitwise_right_shift(product1, 32, out=c0)
+                torch.bitwise_right_shift(product0, 32, out=c2)
+                c0.bitwise_xor_(c1).bitwise_xor_(key0).bitwise_and_(_MASK)
+                c2.bitwise_xor_(c3).bitwise_xor_(key1).bitwise_and_(_MASK)
+            c1, c3 = product1, product0
+        return [c0, c1, c2, c3]
+
+    def _uniform(self, count: int, draws: int) -> Tensor:
+        """Return (draws, B, count) float32: what so many calls of `uniform` give."""
+        c0, c1, c2, c3 = self._bits(-(-count // 4), draws)
+        pairs = c0.new_empty(*c0.shape, 2)
+        for i, (low, high) in enumerate(((c0, c1), (c2, c3))):
+            # 23 bits each, as the fractions of two float32 in [1, 2), side by side in an int64.
+            low.bitwise_right_shift_(9)
+            high.bitwise_left_shift_(23).bitwise_and_(0x007FFFFF << 32)
+            torch.bitwise_or(low.bitwise_or_(high), 0x3F8000003F800000, out=pairs[..., i])
+        # And a half: exact in float32, never 0 and never 1.
+        return pairs.view(torch.float32).flatten(2)[..., :count].sub_(1 - 2.0**-24)
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw (B, *shape) float32, uniform in the open interval (0, 1)."""
-        count = math.prod(shape)
-        bits = self._bits(count)[:, :count]
-        # 23 bits and a half: exact in float32, never 0 and never 1.
-        return ((bits >> 9).to(torch.float32) + 0.5).mul_(2.0**-23).reshape(len(self), *shape)
+        return self._uniform(math.prod(shape), 1).reshape(len(self), *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw (B, *shape) float32, standard normal (Box-Muller)."""
+        return next(self.normals(1, *shape))
+
+    def normals(self, draws: int, *shape: int) -> Iterator[Tensor]:
+        """Yield what `draws` calls of `normal` draw, (B, *shape) each, made several at a time.
+
+        For the steps of a solver: small draws are dearer. The streams have advanced by so many
+        calls when the last are made; what else is drawn from them before comes after those made.
+        """
         count = math.prod(shape)
         half = -(-count // 2)
-        u = self.uniform(2, half)  # (B, 2, half)
-        radius = u[:, 0].log().mul_(-2).sqrt_()
-        angle = u[:, 1] * (2 * math.pi)
-        pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-        return pair[:, :count].reshape(len(self), *shape)
+        together = max(1, TOGETHER // max(1, len(self) * count))
+        for start in range(0, draws, together):
+            u = self._uniform(2 * half, min(together, draws - start))  # (draws, B, 2 half)
+            radius = u[..., :half].log_().mul_(-2).sqrt_()
+            angle = u[..., half:].mul_(2 * math.pi)
+            pairs = u.new_empty(*u.shape[:2], 2, half)
+            torch.cos(angle, out=pairs[:, :, 0])
+            torch.sin(angle, out=pairs[:, :, 1])
+            drawn = pairs.mul_(radius[:, :, None]).flatten(2)[..., :count]
+            yield from drawn.reshape(len(drawn), len(self), *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Draw (B, *shape) int64, uniform in [0, high)."""

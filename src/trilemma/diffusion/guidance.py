@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -231,7 +232,7 @@ def classifier_free(
 
     def denoise(x: Tensor, t: float) -> Tensor:
         given, without = both(x, t)
-        guided = without + scale * (given - without)
+        guided = torch.lerp(without, given, scale)
         if rescale:
             parts = tuple(range(1, x.ndim))
             ratio = given.std(parts, keepdim=True) / guided.std(parts, keepdim=True).clamp(min=1e-8)
@@ -322,6 +323,7 @@ def clipped(denoise: Denoiser, low: float, high: float) -> Denoiser:
     return lambda x, t: denoise(x, t).clamp(low, high)
 
 
+@lru_cache(maxsize=4096)
 def level(schedule: Schedule, t: float) -> tuple[float, float]:
     """Return alpha and sigma at t."""
     alpha, sigma = schedule(torch.tensor(t, dtype=torch.float64))

@@ -27,11 +27,20 @@ class Level(NamedTuple):
 
     def noise(self, x: Tensor, x0: Tensor) -> Tensor:
         """Return the noise that x here holds if the picture is x0."""
-        return (x - self.alpha * x0) / self.sigma
+        return combine((1 / self.sigma, x), (-self.alpha / self.sigma, x0))
 
     def scale(self, k: float) -> float:
         """Return alpha + k sigma."""
         return self.alpha + k * self.sigma
+
+
+def combine(*terms: tuple[float, Tensor]) -> Tensor:
+    """Return the sum of weights times tensors: one pass over memory for each, one new tensor."""
+    (weight, first), *others = terms
+    total = weight * first
+    for weight, tensor in others:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def levels(schedule: Schedule, times: Tensor) -> list[Level]:

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from trilemma.batch import Rng
 from trilemma.diffusion.guidance import Denoiser
-from trilemma.diffusion.levels import STRAIGHT, UNSCALED, Level, levels, steps
+from trilemma.diffusion.levels import STRAIGHT, UNSCALED, Level, combine, levels, steps
 from trilemma.diffusion.schedules import Schedule
 
 POINTS, SHARES = np.polynomial.legendre.leggauss(32)  # exact for the polynomials, and to 1e-13 for
@@ -66,13 +66,6 @@ def _integrals(
     return found
 
 
-def _sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
-
-
 def _known(name: str, order: int, highest: int) -> int:
     if order not in range(1, highest + 1):
         raise ValueError(f"{name}'s order is {order}; expected 1 to {highest}")
@@ -87,16 +80,16 @@ def _adams(
     slopes: deque[Tensor] = deque(maxlen=order)
     for level, after in steps(schedule, times):
         x0 = denoise(x, level.t)
-        noise = level.noise(x, x0)
         scale, scale_after = level.scale(k), after.scale(k)
         if not scale:  # all noise: the frame begins after this step, which goes by noise and x_0
-            x = after.alpha * x0 + after.sigma * noise
+            x = _onward(x, x0, level, after)
             yield x
             continue
         nodes.appendleft(level.sigma / scale)
-        slopes.appendleft(noise - k * x0)
+        slopes.appendleft(combine((1 / level.sigma, x), (-scale / level.sigma, x0)))
         weights = _integrals(list(nodes), nodes[0], after.sigma / scale_after)
-        x = scale_after * (x / scale + _sum(weights, list(slopes)))
+        moves = [(scale_after * w, slope) for w, slope in zip(weights, slopes, strict=True)]
+        x = combine((scale_after / scale, x), *moves)
         yield x
 
 
@@ -129,10 +122,22 @@ def lms(
     return _adams(denoise, x, times, schedule, UNSCALED, _known("lms", order, 4))
 
 
-def _transfer(x: Tensor, noise: Tensor, level: Level, after: Level) -> Tensor:
-    """Go from one level to another with a given noise: the "transfer part" of Liu et al. 2022."""
-    x0 = (x - level.sigma * noise) / level.alpha
-    return after.alpha * x0 + after.sigma * noise
+def _onward(x: Tensor, x0: Tensor, level: Level, after: Level) -> Tensor:
+    """Go from one level to another with the noise that x holds if the picture is x0, as ddim."""
+    kept = after.sigma / level.sigma
+    return combine((kept, x), (after.alpha - kept * level.alpha, x0))
+
+
+def _transfer(
+    x: Tensor, noises: Iterable[tuple[float, Tensor]], level: Level, after: Level
+) -> Tensor:
+    """Go from one level to another with a weighted sum of noises as the noise that x holds.
+
+    The "transfer part" of Liu et al. 2022.
+    """
+    kept = after.alpha / level.alpha
+    gain = after.sigma - kept * level.sigma
+    return combine((kept, x), *((gain * weight, noise) for weight, noise in noises))
 
 
 def _pseudo(
@@ -146,23 +151,22 @@ def _pseudo(
     halves = levels(schedule, (times[1:] + times[:-1]) / 2)
     for (level, after), half in zip(steps(schedule, times), halves, strict=True):
         x0 = denoise(x, level.t)
-        noise = level.noise(x, x0)
         if level.sigma > PURE * level.alpha:
-            x = after.alpha * x0 + after.sigma * noise
+            x = _onward(x, x0, level, after)
             yield x
             continue
+        noise = level.noise(x, x0)
         noises.appendleft(noise)
+        average = list(zip(EVEN[len(noises)], noises, strict=True))
         if len(noises) <= warm and after.sigma:
-            x2 = _transfer(x, noise, level, half)
+            x2 = _transfer(x, [(1.0, noise)], level, half)
             noise2 = half.noise(x2, denoise(x2, half.t))
-            x3 = _transfer(x, noise2, level, half)
+            x3 = _transfer(x, [(1.0, noise2)], level, half)
             noise3 = half.noise(x3, denoise(x3, half.t))
-            x4 = _transfer(x, noise3, level, after)
+            x4 = _transfer(x, [(1.0, noise3)], level, after)
             noise4 = after.noise(x4, denoise(x4, after.t))
-            noise = (noise + 2 * noise2 + 2 * noise3 + noise4) / 6
-        else:
-            noise = _sum(EVEN[len(noises)], list(noises))
-        x = _transfer(x, noise, level, after)
+            average = [(1 / 6, noise), (1 / 3, noise2), (1 / 3, noise3), (1 / 6, noise4)]
+        x = _transfer(x, average, level, after)
         yield x
 
 
@@ -221,16 +225,21 @@ def dpmpp_2m_sde(
         eta: how fast the noise is renewed; 1 is the reverse diffusion, 0 is dpmpp_2m.
     """
     previous, last = None, -math.inf
-    for level, after in steps(schedule, times):
-        x0 = ahead = denoise(x, level.t)
+    path = steps(schedule, times)
+    noise = rng.normals(len(path) - 1, *x.shape[1:]) if eta else iter(())
+    for level, after in path:
+        x0 = denoise(x, level.t)
         now, then = _half_log_snr(level), _half_log_snr(after)
-        if previous is not None and after.sigma and last > -math.inf:
-            ahead = x0 + (then - now) / (2 * (now - last)) * (x0 - previous)
         shrink = math.exp(-eta * (then - now)) if eta else 1.0  # 0 where the step is infinite
         kept = after.sigma / level.sigma * shrink
-        x = kept * x + (after.alpha - kept * level.alpha) * ahead
+        gain = after.alpha - kept * level.alpha
+        terms = [(kept, x), (gain, x0)]
+        if previous is not None and after.sigma and last > -math.inf:
+            beyond = gain * (then - now) / (2 * (now - last))  # by x_0 less the one before
+            terms[1:] = [(gain + beyond, x0), (-beyond, previous)]
         if eta and after.sigma:
-            x = x + after.sigma * (1 - shrink**2) ** 0.5 * rng.normal(*x.shape[1:])
+            terms.append((after.sigma * (1 - shrink**2) ** 0.5, next(noise)))
+        x = combine(*terms)
         previous, last = x0, now
         yield x
 
@@ -271,8 +280,11 @@ def _data(
             if used == 1:
                 half = _half(now - nodes[0], variant)
                 weights = [half, -math.expm1(nodes[0] - now) - half]
-            ahead = _sum(weights, [x0, *list(values)[:used]])
-            x = level.sigma / before.sigma * start + level.alpha * ahead
+            x = combine(
+                (level.sigma / before.sigma, start),
+                (level.alpha * weights[0], x0),
+                *((level.alpha * w, v) for w, v in zip(weights[1:], values, strict=False)),
+            )
         nodes.appendleft(now)
         values.appendleft(x0)
         used = min(len(nodes), len(path) - i)  # down to 1 in the last step, infinite in log-SNR
@@ -282,8 +294,8 @@ def _data(
             more = _half(then - now, variant) * (then - now) / (now - told[1])
             weights = [-math.expm1(now - then) + more, -more]
         before, start = level, x
-        ahead = _sum(weights, list(values)[:used])
-        x = after.sigma / level.sigma * x + after.alpha * ahead
+        moves = [(after.alpha * w, value) for w, value in zip(weights, values, strict=False)]
+        x = combine((after.sigma / level.sigma, x), *moves)
         if now == -math.inf:  # no polynomial reaches there
             nodes.clear()
             values.clear()

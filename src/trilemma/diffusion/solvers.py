@@ -33,7 +33,7 @@ from torch import Tensor
 from trilemma.batch import Rng
 from trilemma.diffusion.grids import Grid, even_log_snr, even_share, even_time, karras
 from trilemma.diffusion.guidance import Denoiser
-from trilemma.diffusion.levels import STRAIGHT, UNSCALED, Level, levels, steps
+from trilemma.diffusion.levels import STRAIGHT, UNSCALED, Level, combine, levels, steps
 from trilemma.diffusion.multistep import (
     adams_bashforth,
     dpmpp_2m,
@@ -69,14 +69,15 @@ def ddim(
         rng: fresh noise.
         eta: 0 is deterministic, 1 renews as much noise as ddpm's small variance.
     """
-    for level, after in steps(schedule, times):
+    path = steps(schedule, times)
+    noise = rng.normals(len(path) - 1, *x.shape[1:]) if eta else iter(())
+    for level, after in path:
         x0 = denoise(x, level.t)
-        noise = level.noise(x, x0)
         step_variance = level.sigma**2 - (level.alpha / after.alpha * after.sigma) ** 2
         fresh = eta * after.sigma / level.sigma * max(step_variance, 0.0) ** 0.5
-        x = after.alpha * x0 + max(after.sigma**2 - fresh**2, 0.0) ** 0.5 * noise
-        if fresh:
-            x = x + fresh * rng.normal(*x.shape[1:])
+        kept = max(after.sigma**2 - fresh**2, 0.0) ** 0.5 / level.sigma
+        terms = [(kept, x), (after.alpha - kept * level.alpha, x0)]
+        x = combine(*terms, (fresh, next(noise))) if fresh else combine(*terms)
         yield x
 
 
@@ -124,31 +125,32 @@ def ddpm(
         raise ValueError(f"variance '{variance}' is not known; expected small, large or learned")
     if variance == "learned" and share is None:
         raise ValueError("variance 'learned' needs a model that has learned it; use small or large")
-    for level, after in steps(schedule, times):
+    path = steps(schedule, times)
+    noise = rng.normals(sum(after.sigma > 0 for _, after in path), *x.shape[1:])
+    for level, after in path:
         x0 = denoise(x, level.t)
+        ratio = after.sigma / level.sigma
         shrink = level.alpha / after.alpha  # x_t = shrink x_next + noise of step_variance
         step_variance = level.sigma**2 - (shrink * after.sigma) ** 2
-        x = (shrink * after.sigma**2 * x + after.alpha * step_variance * x0) / level.sigma**2
+        x = combine((shrink * ratio**2, x), (after.alpha * step_variance / level.sigma**2, x0))
         if after.sigma:
-            small = step_variance * (after.sigma / level.sigma) ** 2
-            scale: float | Tensor = (step_variance if variance == "large" else small) ** 0.5
+            scale = step_variance**0.5 * (1.0 if variance == "large" else ratio)
+            fresh = next(noise)
             if variance == "learned" and share is not None:
-                scale = scale * (after.sigma / level.sigma) ** -share()[: len(x)]
-            x = x + scale * rng.normal(*x.shape[1:])
+                fresh = fresh * ratio ** -share()[: len(x)]
+            x.add_(fresh, alpha=scale)
         yield x
 
 
 def euler(
     denoise: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, rng: Rng
 ) -> Iterator[Tensor]:
-    """Follow the flow by its slope at the beginning of each step."""
-    for level, after in steps(schedule, times):
-        x0 = denoise(x, level.t)
-        slope = level.noise(x, x0) - x0
-        scale, scale_after = level.scale(STRAIGHT), after.scale(STRAIGHT)
-        y = x / scale + (after.sigma / scale_after - level.sigma / scale) * slope
-        x = y * scale_after
-        yield x
+    """Follow the flow by its slope at the beginning of each step.
+
+    In a frame of `levels` the slope noise - k x_0 takes y = (1 - k v) x_0 + v noise to the next v
+    with the same x_0 and noise: that is ddim, on times of its own.
+    """
+    return ddim(denoise, x, times, schedule, rng)
 
 
 def consistency(
@@ -159,10 +161,11 @@ def consistency(
     For consistency models, whose x_0 is a picture and not the mean of those that may lie behind;
     of any other model the pictures would be smooth.
     """
-    for level, after in steps(schedule, times):
-        x = after.alpha * denoise(x, level.t)
-        if after.sigma:
-            x = x + after.sigma * rng.normal(*x.shape[1:])
+    path = steps(schedule, times)
+    noise = rng.normals(len(path) - 1, *x.shape[1:])
+    for level, after in path:
+        x0 = denoise(x, level.t)
+        x = combine((after.alpha, x0), (after.sigma, next(noise))) if after.sigma else x0
         yield x
 
 
@@ -199,26 +202,30 @@ def heun(
         raise ValueError(f"frame '{frame}' is not known; expected one of {', '.join(FRAMES)}")
     k = FRAMES[frame]
     more = min(s_churn / (len(times) - 1), 2**0.5 - 1)  # gamma of the paper
-    for level, after in steps(schedule, times):
+    path = steps(schedule, times)
+    fresh = rng.normals(len(path), *x.shape[1:]) if more else iter(())
+    for level, after in path:
         if more and level.alpha and s_min <= level.sigma / level.alpha <= s_max:
             noisier = _noisier(schedule, level, 1 + more)
             added = (noisier.sigma / noisier.alpha) ** 2 - (level.sigma / level.alpha) ** 2
-            fresh = s_noise * max(added, 0.0) ** 0.5 * rng.normal(*x.shape[1:])
-            x, level = noisier.alpha * (x / level.alpha + fresh), noisier
+            scale = noisier.alpha * s_noise * max(added, 0.0) ** 0.5
+            x = combine((noisier.alpha / level.alpha, x), (scale, next(fresh)))
+            level = noisier
         x0 = denoise(x, level.t)
-        noise = level.noise(x, x0)
+        kept = after.sigma / level.sigma
+        reached = combine((kept, x), (after.alpha - kept * level.alpha, x0))  # by the first slope
         scale, scale_after = level.scale(k), after.scale(k)
-        if not scale:  # all noise: the frame begins after this step, which goes by noise and x_0
-            x = after.alpha * x0 + after.sigma * noise
-            yield x
-            continue
-        slope = noise - k * x0
-        y, width = x / scale, after.sigma / scale_after - level.sigma / scale
-        x = (y + width * slope) * scale_after
-        if after.sigma:
-            x0 = denoise(x, after.t)
-            slope_after = after.noise(x, x0) - k * x0
-            x = (y + width * (slope + slope_after) / 2) * scale_after
+        if scale and after.sigma:  # at all noise, the unscaled frame begins after this step
+            # With v' - v = width, y' = y + width / 2 (x - scale x_0) / sigma + the same at the end.
+            half = (after.sigma - level.sigma * scale_after / scale) / 2  # scale_after width / 2
+            x = combine(
+                (scale_after / scale + half / level.sigma, x),
+                (-half * scale / level.sigma, x0),
+                (half / after.sigma, reached),
+                (-half * scale_after / after.sigma, denoise(reached, after.t)),
+            )
+        else:
+            x = reached
         yield x
 
 

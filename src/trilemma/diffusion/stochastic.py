@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trilemma.batch import Rng
 from trilemma.diffusion.guidance import Denoiser
-from trilemma.diffusion.levels import steps
+from trilemma.diffusion.levels import combine, steps
 from trilemma.diffusion.schedules import Schedule
 
 
@@ -51,10 +51,12 @@ def langevin(
         moves: network calls at each level; the last of all denoises.
         size: e of a move.
     """
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in steps(schedule, times):
+    path = steps(schedule, times)
+    noise = rng.normals(moves * len(path) - 1, *x.shape[1:])
+    for (t, alpha, sigma), (_, alpha_next, sigma_next) in path:
         for _ in range(moves if sigma_next else moves - 1):
-            drift = alpha * denoise(x, t) - x
-            x = x + size * drift + (2 * size) ** 0.5 * sigma * rng.normal(*x.shape[1:])
+            fresh = (2 * size) ** 0.5 * sigma
+            x = combine((1 - size, x), (size * alpha, denoise(x, t)), (fresh, next(noise)))
         if not sigma_next:
             x = denoise(x, t)
         else:  # the same picture and the same noise on it, at another scale
@@ -71,16 +73,18 @@ def reverse_sde(
     signal-to-noise ratio l, g^2 dt = -sigma^2 dl: so a step of the paper's VE and VP diffusions is
     the paper's. Steps longer than 2 in l are unstable, as those of any explicit method.
     """
-    for (t, alpha, sigma), (_, alpha_next, sigma_next) in steps(schedule, times):
+    path = steps(schedule, times)
+    noise = rng.normals(len(path) - 1, *x.shape[1:])
+    for (t, alpha, sigma), (_, alpha_next, sigma_next) in path:
         x0 = denoise(x, t)
         if not sigma_next:
             x = x0
         elif not alpha:  # x_t knows nothing of x_0: the step is infinitely long, its end known
-            x = alpha_next * x0 + sigma_next * rng.normal(*x.shape[1:])
+            x = combine((alpha_next, x0), (sigma_next, next(noise)))
         else:
             gain = 2 * math.log(alpha_next * sigma / (alpha * sigma_next))
-            drift = math.log(alpha_next / alpha) * x + gain * (alpha * x0 - x)
-            x = x + drift + gain**0.5 * sigma * rng.normal(*x.shape[1:])
+            kept = 1 + math.log(alpha_next / alpha) - gain
+            x = combine((kept, x), (gain * alpha, x0), (gain**0.5 * sigma, next(noise)))
         yield x
 
 
@@ -109,13 +113,17 @@ def predictor_corrector(
         rng: fresh noise.
         snr: r of the paper; 0.16 there for the VE, VP and sub-VP diffusions of CIFAR-10.
     """
-    for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in steps(schedule, times):
+    path = steps(schedule, times)
+    noise = rng.normals(2 * (len(path) - 1), *x.shape[1:])
+    for (t, alpha, sigma), (t_next, alpha_next, sigma_next) in path:
         x0 = denoise(x, t)
         shrink = alpha / alpha_next  # x_t = shrink x_next + noise of step_variance
         step_variance = sigma**2 - (shrink * sigma_next) ** 2
-        x = (shrink * sigma_next**2 * x + alpha_next * step_variance * x0) / sigma**2
+        kept = shrink * (sigma_next / sigma) ** 2
+        x = combine((kept, x), (alpha_next * step_variance / sigma**2, x0))
         if sigma_next:
-            x = x + step_variance**0.5 * rng.normal(*x.shape[1:])
-            drift = alpha_next * denoise(x, t_next) - x
-            x = x + 2 * snr**2 * drift + 2 * snr * sigma_next * rng.normal(*x.shape[1:])
+            x.add_(next(noise), alpha=step_variance**0.5)
+            size, x0 = 2 * snr**2, denoise(x, t_next)
+            fresh = 2 * snr * sigma_next
+            x = combine((1 - size, x), (size * alpha_next, x0), (fresh, next(noise)))
         yield x

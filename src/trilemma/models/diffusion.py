@@ -17,6 +17,9 @@ Models", section 3.1) the network's output has twice the channels: the second ha
 step's variance lies. It learns from the bound on the likelihood, which x_0 does not feel:
 
     loss = |F - a x_0 - b noise|^2 + 0.001 T L_t / log 2        (per number, L_t in nats)
+
+The loss "bound" is T L_t / log 2 alone, which x_0 and the variance both learn from, for the best
+likelihood; it varies so much over t that times are to be drawn by importance (their section 3.3).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,12 +41,13 @@ from trilemma.conditioning import Conditioner, Labels, masked, source_of
 from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
 from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
 from trilemma.diffusion.inpainting import repaint
+from trilemma.diffusion.levels import combine
 from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
 from trilemma.diffusion.pairing import PAIRINGS
 from trilemma.diffusion.schedules import Linear, Schedule
 from trilemma.diffusion.solvers import SOLVERS, check, heun
 from trilemma.diffusion.targets import TARGETS, clean
-from trilemma.diffusion.times import Uniform
+from trilemma.diffusion.times import Importance, Uniform
 from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
 from trilemma.networks.layers import Embedded, check_shape
@@ -66,7 +70,7 @@ class Diffusion(Model):
         conditioner: from Condition to Embedded; None for an unconditional model.
         schedule: (alpha, sigma) over time; Linear if None.
         target: what the network predicts: noise, image, velocity, straight or preconditioned.
-        loss: l2, l1 or huber.
+        loss: l2, l1 or huber, or the bound, which has no weight.
         weight: of an error at a time; Even if None.
         times: which times training visits; Uniform if None.
         data_std: standard deviation of x_0, for c_in and the preconditioned target.
@@ -109,7 +113,8 @@ class Diffusion(Model):
         self.conditioner = conditioner or Labels(0, 0)
         self.schedule = schedule or Linear()
         self.target = partial(TARGETS[_known("target", target, TARGETS)], data_std=data_std)
-        self.error = LOSSES[_known("loss", loss, LOSSES)]
+        losses = {**LOSSES, "bound": None}
+        self.error = losses[_known("loss", loss, losses)]
         self.weight = weight or Even()
         self.times = times or Uniform()
         self.data_std = data_std
@@ -119,12 +124,15 @@ class Diffusion(Model):
         self.scale_input = scale_input
         self.objective = objective
         self.share: Tensor | None = None
-        self.steps = self.times.steps if isinstance(self.times, Uniform) else None
-        if learn_variance and self.steps is None:
+        in_steps = isinstance(self.times, (Uniform, Importance))
+        self.steps: int | None = self.times.steps if in_steps else None
+        if (learn_variance or self.error is None) and self.steps is None:
             raise ValueError(
-                "learn_variance learns the variances of steps, and the model's times are not in "
-                "steps; give it times of type diffusion.times.Uniform with steps = 1000"
+                "learn_variance and the loss 'bound' are of steps, and the model's times are not "
+                "in steps; give it times of type diffusion.times.Uniform with steps = 1000"
             )
+        if self.error is None and uncertainty is not None:
+            raise ValueError("the loss 'bound' weighs all times itself; leave out uncertainty")
         alpha, sigma = self.schedule(torch.ones(()))
         a, b = self.target(alpha, sigma)
         if b * alpha - a * sigma == 0:
@@ -144,7 +152,8 @@ class Diffusion(Model):
         modules = [self.network, self.conditioner]
         if self.uncertainty is not None:
             modules.append(self.uncertainty)
-        return [Phase("denoise", self.loss, modules)]
+        after = self.times.update if isinstance(self.times, Importance) else None
+        return [Phase("denoise", self.loss, modules, after=after)]
 
     def loss(self, batch: Batch) -> Losses:
         """Return the weighted error of the network's output at random times."""
@@ -162,26 +171,41 @@ class Diffusion(Model):
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
         embedded = self.conditioner(batch.condition, rng, batch.image)
-        output, share = self._estimate(x, t, alpha, sigma, embedded)
-        error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
-        losses = {"loss": error.mean()}
-        if self.uncertainty is not None:
-            u = self.uncertainty(t)
-            losses["error"] = losses["loss"]
-            losses["loss"] = (error.flatten(1).mean(1) * (-u).exp() + u).mean()
-        if share is not None and self.steps is not None:
-            guess = clean(x, output.detach(), alpha, sigma, ab)
+        output, share = self._estimate(x, t, self._scale(alpha, sigma), embedded)
+        told: Losses = {}  # (B,) each
+        if self.error is not None:
+            error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
+            loss = error.flatten(1).mean(1)
+            if self.uncertainty is not None:
+                u = self.uncertainty(t)
+                told["error"] = loss
+                loss = loss * (-u).exp() + u
+        if (self.learn_variance or self.error is None) and self.steps is not None:
+            known = output if self.error is None else output.detach()
+            guess = clean(x, known, alpha, sigma, ab)
             k = (t.double() * self.steps).round().long()
-            nats = step_nats(x0, guess, share, k, self.schedule, self.steps)
-            losses["bound"] = self.steps * nats.mean() / math.log(2)  # bits per dimension, but L_T
-            losses["loss"] = losses["loss"] + BOUND_WEIGHT * losses["bound"]
-        return losses
+            v = 0.0 if share is None else share
+            nats = step_nats(x0, guess, v, k, self.schedule, self.steps).flatten(1).mean(1)
+            told["bound"] = bound = self.steps * nats / math.log(2)  # bits per dimension, but L_T
+            loss = bound if self.error is None else loss + BOUND_WEIGHT * bound
+        if not isinstance(self.times, Importance):
+            return {name: each.mean() for name, each in {"loss": loss, **told}.items()}
+        if self.training:
+            self.times.tell(t, loss)
+        weight = self.times.weight(t)
+        losses = {name: (weight * each).mean() for name, each in {"loss": loss, **told}.items()}
+        return {**losses, "known": self.times.known, "visited": self.times.visited}
+
+    def _scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return c_in."""
+        if not self.scale_input:
+            return torch.ones_like(alpha)
+        return (alpha**2 * self.data_std**2 + sigma**2).rsqrt()
 
     def _estimate(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
+        self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded
     ) -> tuple[Tensor, Tensor | None]:
         """Return F (B, ...), and the share (B, ...) of the large variance if it is learned."""
-        scale = (alpha**2 * self.data_std**2 + sigma**2).rsqrt() if self.scale_input else 1.0
         output = self.network(scale * x, t, embedded).to(x.dtype)
         if not self.learn_variance:
             return output, None
@@ -194,19 +218,21 @@ class Diffusion(Model):
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2
 
-    def _network(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, embedded: Embedded
-    ) -> Tensor:
-        output, share = self._estimate(x, t, alpha, sigma, embedded)
+    def _network(self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded) -> Tensor:
+        output, share = self._estimate(x, t, scale, embedded)
         self.share = None if share is None else share.detach()
         return output
 
     def denoise(self, x: Tensor, t: float | Tensor, embedded: Embedded) -> Tensor:
         """Return the x_0 (B, ...) that the network expects behind x_t, at one t or times (B,)."""
-        time = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-        alpha, sigma = (_like(v, x) for v in self.schedule(time))
-        output = self._network(x, time, alpha, sigma, embedded)
-        return clean(x, output, alpha, sigma, self.target(alpha, sigma))
+        if isinstance(t, Tensor):
+            alpha, sigma = (_like(v, x) for v in self.schedule(t))
+            output = self._network(x, t, self._scale(alpha, sigma), embedded)
+            return clean(x, output, alpha, sigma, self.target(alpha, sigma))
+        scale, of_x, of_output = _coefficients(self.schedule, self.target, self.data_std, t)
+        scale = scale if self.scale_input else 1.0
+        output = self._network(x, torch.full((len(x),), t, device=x.device), scale, embedded)
+        return combine((of_x, x), (of_output, output))
 
     def denoiser(self, condition: Condition, guidance: float | Guidance = 1.0) -> Denoiser:
         """Return x_t, t -> x_0 under a condition, guided and kept within the codec's bounds.
@@ -256,11 +282,9 @@ class Diffusion(Model):
         if not isinstance(self.codec, Pixels):
             raise ValueError("it knows noise on latents, and this is noise on pictures")
         t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
-        alpha, sigma = (_like(v, image) for v in self.schedule(t))
-        x = alpha * image
+        alpha, _ = self.schedule(t)
         nothing = self.conditioner.nothing(Condition(len(image)))
-        output = self._network(x, t, alpha, sigma, nothing)
-        return self.codec.decode(clean(x, output, alpha, sigma, self.target(alpha, sigma)))
+        return self.codec.decode(self.denoise(_like(alpha, image) * image, t, nothing))
 
     @property
     def discrete(self) -> bool:
@@ -482,6 +506,18 @@ class Diffusion(Model):
             painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
             drawn = self.codec.decode(deque(painting, maxlen=1).pop())
         return torch.where(hidden, drawn, image)
+
+
+@lru_cache(maxsize=4096)
+def _coefficients(
+    schedule: Schedule, target: Callable, data_std: float, t: float
+) -> tuple[float, float, float]:
+    """Return c_in at one time, and the factors of x_t and of F in x_0: `targets.clean`."""
+    alpha, sigma = schedule(torch.tensor(t, dtype=torch.float64))
+    a, b = target(alpha, sigma)
+    whole = b * alpha - a * sigma
+    scale = (alpha**2 * data_std**2 + sigma**2).rsqrt()
+    return float(scale), float(b / whole), float(-sigma / whole)
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,28 +73,31 @@ def scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK)
     batch, count, heads, dim = x.shape
     chunk = min(chunk, count)
     missing = -count % chunk  # steps of no input and no decay
-    pad = (0, 0, 0, missing)
-    x = F.pad(x, (0, 0, *pad)).unflatten(1, (-1, chunk)).transpose(2, 3)  # (B, K, H, Q, P)
-    log = F.pad(log_decay, pad).unflatten(1, (-1, chunk)).transpose(2, 3)  # (B, K, H, Q)
-    b, c = (F.pad(m, pad).unflatten(1, (-1, chunk)) for m in (b, c))  # (B, K, Q, S)
+    if missing:
+        pad = (0, 0, 0, missing)
+        x = F.pad(x, (0, 0, *pad))
+        log_decay, b, c = (F.pad(m, pad) for m in (log_decay, b, c))
+    x = x.unflatten(1, (-1, chunk)).transpose(2, 3)  # (B, K, H, Q, P)
+    log = log_decay.unflatten(1, (-1, chunk)).transpose(2, 3)  # (B, K, H, Q)
+    b, c = (m.unflatten(1, (-1, chunk)) for m in (b, c))  # (B, K, Q, S)
 
     log = log.clamp(min=FORGOTTEN).cumsum(-1)
     ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    between = (log[..., :, None] - log[..., None, :]).masked_fill(ahead, -math.inf).exp()
-    within = between.to(x.dtype) * (c @ b.mT)[:, :, None]  # (B, K, H, Q, Q)
-    y = within @ x
-
-    whole = log[..., -1:]  # (B, K, H, 1)
-    left = (whole - log).exp().to(x.dtype)[..., None]  # (B, K, H, Q, 1): of a step, at the end
-    added = b.mT[:, :, None] @ (left * x)  # (B, K, H, S, P)
-    kept = whole.exp()[..., None]
-    state = torch.zeros_like(added[:, 0], dtype=log.dtype)
-    before = []
-    for k in range(added.shape[1]):
-        before.append(state)
-        state = torch.addcmul(added[:, k].to(log.dtype), kept[:, k], state)
-    states = torch.stack(before, dim=1).to(x.dtype)
-    y = y + log.exp().to(x.dtype)[..., None] * (c[:, :, None] @ states)
+    between = (log[..., :, None] - log[..., None, :]).to(x.dtype)  # in bfloat16 half the memory
+    between = between.masked_fill_(ahead, -math.inf).exp_()
+    y = (between * (c @ b.mT)[:, :, None]) @ x  # (B, K, H, Q, P)
+    if count > chunk:
+        whole = log[..., -1:]  # (B, K, H, 1)
+        left = (whole - log).exp().to(x.dtype)[..., None]  # (B, K, H, Q, 1): of a step, at the end
+        added = (b.mT[:, :, None] @ (left * x)).to(log.dtype)  # (B, K, H, S, P)
+        kept = whole.exp()[..., None]
+        state = torch.zeros_like(added[:, 0])
+        before = []
+        for more, rest in zip(added.unbind(1), kept.unbind(1), strict=True):
+            before.append(state)
+            state = torch.addcmul(more, rest, state)
+        states = torch.stack(before, dim=1).to(x.dtype)
+        y = y + log.exp().to(x.dtype)[..., None] * (c[:, :, None] @ states)
     return y.transpose(2, 3).flatten(1, 2)[:, :count]
 
 
@@ -107,6 +111,22 @@ def order(name: str, height: int, width: int) -> Tensor:
         grid[1::2] = grid[1::2].flip(1)
     path = grid.flatten()
     return path.flip(0) if name.endswith("reversed") else path
+
+
+class Reorder(torch.autograd.Function):
+    """Tokens (B, N, ...) in another order; backwards they are taken too, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: Tensor, inverse: Tensor) -> Tensor:
+        """Return x[:, path]; `inverse` is the order that undoes it."""
+        ctx.save_for_backward(path, inverse)
+        return x.index_select(1, path)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Put the gradient back."""
+        path, inverse = ctx.saved_tensors
+        return Reorder.apply(gradient, inverse, path), None, None
 
 
 class Block(nn.Module):
@@ -134,13 +154,17 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(inner)
         self.leave = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, path: Tensor, height: int) -> Tensor:
-        """Map (B, N, width), patches of `height` rows, to the same; `path` (N,) is the order."""
+    def forward(self, x: Tensor, path: Tensor | None, height: int) -> Tensor:
+        """Map (B, N, width), patches of `height` rows, to the same.
+
+        `path` (N,) is the order; None, that in which they come.
+        """
         x, gate = self.enter(x).chunk(2, dim=2)  # (B, N, inner) each
         grid = self.local(x.mT.unflatten(2, (height, -1)))
         x = F.silu(grid.flatten(2).mT)
 
-        h = x[:, path]
+        inverse = None if path is None else path.argsort()
+        h = x if path is None else Reorder.apply(x, path, inverse)
         told = self.select(h).unflatten(2, (2, -1)).movedim(2, 0)  # (2, B, N, 2 S + H)
         told = torch.stack([told[0], told[1].flip(1)])
         b, c, step = told.split([self.state, self.state, self.heads], dim=-1)
@@ -151,7 +175,8 @@ class Block(nn.Module):
         y = scan(taken.flatten(0, 1), log_decay.flatten(0, 1), b.flatten(0, 1), c.flatten(0, 1))
         forth, back = y.chunk(2)
         y = torch.addcmul(forth + back.flip(1), self.skip.to(h.dtype), h).flatten(2)
-        y = y[:, path.argsort()]
+        if path is not None:
+            y = Reorder.apply(y, inverse, path)
         return self.leave(self.norm(y) * F.silu(gate))
 
 
@@ -237,7 +262,9 @@ class Mamba(nn.Module):
             check_shape("condition vectors", embedded.vector, self.embedding_dim)
             e = e + embedded.vector
         told = self.modulation(e)
-        paths = {name: order(name, rows, columns).to(h.device) for name in self.orders}
+        paths: dict[str, Tensor | None] = {"rows": None}
+        for name in set(self.orders) - paths.keys():
+            paths[name] = order(name, rows, columns).to(h.device)
         for i, block in enumerate(self.blocks):
             shift, scale, gate = told[3 * i : 3 * i + 3]
             path = paths[self.orders[i % len(self.orders)]]
