@@ -35,7 +35,7 @@ from trilemma.stable import files, load, packing
 WHERE = torch.device("cpu")
 
 
-def told(tiny: bool) -> dict[str, tuple[int, ...]]:
+def sizes(tiny: bool) -> dict[str, tuple[int, ...]]:
     return {"channels": (32, 64, 128, 128) if tiny else (320, 640, 1280, 1280)}
 
 
@@ -43,7 +43,7 @@ def write(path: Path, tiny: bool) -> int:
     """Write random weights tensor by tensor; return the file's size."""
     header, end = {}, 0
     with torch.device("meta"):
-        state = SpatialUNet(**told(tiny)).state_dict()
+        state = SpatialUNet(**sizes(tiny)).state_dict()
     for name, tensor in state.items():
         size = 4 * tensor.numel()
         header[name] = {
@@ -93,7 +93,7 @@ def work(task: str, path: Path, tiny: bool) -> dict[str, float]:
             np.save(path.with_name(f"{task}.npy"), drawn.numpy())
             return {"peak": most - before, "all": most, "seconds": seconds}
         kind = torch.float32 if task == "float32" else torch.bfloat16
-        unet = load.unet(told(tiny), files.read(path)[0], "unet", WHERE, kind)
+        unet = load.unet(sizes(tiny), files.read(path)[0], "unet", WHERE, kind)
         if packing.pays(WHERE, kind):
             packing.pack(unet)
         seconds, loaded = time.perf_counter() - start, peak() - before

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rectified import flux_pipeline, sd3_pipeline
-from test_rectified import ours
+from test_rectified import AGAINST, TEXTS, draw, noise, ours
 from trilemma.batch import Rng
 from trilemma.data.dataset import Dataset
 from trilemma.errors import Interrupted, UserError
@@ -60,6 +60,22 @@ def test_a_lora_is_what_diffusers_reads(make, tmp_path):
     assert moved > len(layers) / 2
     unmoved = set(before) - {names[layer] for layer in layers}
     assert all(torch.equal(merged[name], before[name]) for name in unmoved)
+
+
+def test_diffusers_draws_with_our_lora_of_stable_diffusion_3_what_we_draw(tmp_path):
+    pytest.importorskip("peft")
+    pipeline = sd3_pipeline()
+    model = ours(pipeline)
+    before = draw(model, noise(), 2, AGAINST, guidance=5.0)
+    tune(model, tmp_path, steps=3, batch=2, rank=2, rate=0.05, warm_up=0)
+    pipeline.load_lora_weights(str(tmp_path))
+    pipeline.set_progress_bar_config(disable=True)
+    told = {"height": 16, "width": 24, "num_inference_steps": 2, "guidance_scale": 5.0}
+    told |= {"negative_prompt": [AGAINST] * 2, "output_type": "latent"}
+    theirs = pipeline(TEXTS, latents=noise(), **told).images
+    after = draw(model, noise(), 2, AGAINST, guidance=5.0)
+    assert (after - theirs).abs().max() < 1e-4
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_training_lowers_the_loss_of_all_weights(tmp_path):

@@ -204,8 +204,8 @@ def _joined(
     latent = coder.latent
     if network.out_channels != latent or network.in_channels not in (latent, 2 * latent + 1):
         raise UserError(
-            f"the U-Net maps {network.in_channels} channels to {network.out_channels} and latents have "
-            f"{latent}; expected {latent} or {2 * latent + 1} to {latent}"
+            f"the U-Net maps {network.in_channels} channels to {network.out_channels} and latents "
+            f"have {latent}; expected {latent} or {2 * latent + 1} to {latent}"
         )
     return StableDiffusion(network, coder, reader, spacing, size, zeros, kind, where)
 
