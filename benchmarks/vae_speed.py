@@ -201,7 +201,9 @@ def main() -> None:
         for side, seconds in took.items():
             rates = sorted(count / one for one in seconds)
             ratios = sorted(a / b for a, b in zip(took["pythae"], seconds, strict=True))
-            print(f"| {name} | {size:,} | {side} | {told(rates, 0)} | {told(ratios, 2)} |", flush=True)
+            print(
+                f"| {name} | {size:,} | {side} | {told(rates, 0)} | {told(ratios, 2)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

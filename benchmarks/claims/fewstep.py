@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure.tight_layout()
     kept.save(given.out, figure)
     common.publish(
-        f"{teacher.name} after {teacher.progress['seen']:,} images, drawn without guidance; students "
-        f"drawn at one pass of its network a call; seeds 0 to {given.n - 1}, {len(test):,} test "
+        f"{teacher.name} after {teacher.progress['seen']:,} images, drawn without guidance; "
+        f"students drawn at one pass of its network a call; seeds 0 to {given.n - 1}, {len(test):,} test "
         "pictures.",
         (
             "drawn by",
