@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept.save(given.out, figure)
     common.publish(
         f"{teacher.name} after {teacher.progress['seen']:,} images, drawn without guidance; "
-        f"students drawn at one pass of its network a call; seeds 0 to {given.n - 1}, {len(test):,} test "
-        "pictures.",
+        "students drawn at one pass of its network a call; "
+        f"seeds 0 to {given.n - 1}, {len(test):,} test pictures.",
         (
             "drawn by",
             "calls",
