@@ -157,7 +157,7 @@ class Rng:
 
         For a third of the price of so many calls of `normal`, and several draws are made at a time:
         one call of Philox says where in the sequence of SplitMix64 each image begins (Steele, Lea,
-        Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 17).
+        Flood 2014, "Fast Splittable Pseudorandom Number Generators"; as Java and Vigna have it).
         """
         low, high, _, _ = self._bits(1)
         start = low | (high << 32)  # (B, 1)
