@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from trilemma.batch import Batch, Condition, Rng, to_float, to_uint8
+from trilemma.batch import _GOLDEN, Batch, Condition, Rng, _split_mix, to_float, to_uint8
 
 
 def test_philox_known_answer():
     """The published test vector of Philox4x32-10 for an all-zero counter and key."""
-    words = [int(word) & 0xFFFFFFFF for word in Rng([0])._bits(1, 1)]
+    words = [int(word) & 0xFFFFFFFF for word in Rng([0])._bits(1)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
@@ -22,29 +22,42 @@ def test_a_stream_does_not_depend_on_its_batch():
 
 def test_uniform_numbers_are_the_upper_bits_of_the_words():
     seeds = [5, 2**40 + 3]
-    words = torch.stack(Rng(seeds)._bits(3, 1), -1)[0].flatten(1) & 0xFFFFFFFF
+    words = torch.stack(Rng(seeds)._bits(3), -1).flatten(1) & 0xFFFFFFFF
     assert torch.equal(Rng(seeds).uniform(10), ((words[:, :10] >> 9).float() + 0.5) * 2.0**-23)
 
 
+def test_split_mix_known_answer():
+    """The published first numbers of SplitMix64 from the state 1234567."""
+    states = 1234567 + torch.arange(1, 4) * _GOLDEN
+    words = [word % 2**64 for word in _split_mix(states).tolist()]
+    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (), (7,), (2, 4, 4)])
-def test_many_draws_at_once_are_the_draws_one_by_one(shape, monkeypatch):
+def test_many_draws_do_not_depend_on_how_many_are_made_at_once(shape, monkeypatch):
+    seeds = [3, 2**62, 7]
+    drawn = list(Rng(seeds).normals(6, *shape))
+    assert len(drawn) == 6 and drawn[0].shape == (3, *shape)
     monkeypatch.setattr("trilemma.batch.TOGETHER", 3 * 4 * math.prod(shape))  # four at a time
-    many, single = Rng([3, 2**62, 7]), Rng([3, 2**62, 7])
-    drawn = list(many.normals(6, *shape))
-    assert len(drawn) == 6
-    assert all(torch.equal(noise, single.normal(*shape)) for noise in drawn)
-    assert torch.equal(many.uniform(2), single.uniform(2))
+    few, alone = Rng(seeds), Rng(seeds[1:2])
+    assert all(torch.equal(*pair) for pair in zip(drawn, few.normals(6, *shape), strict=True))
+    for noise, own in zip(drawn, alone.normals(6, *shape), strict=True):
+        assert torch.equal(noise[1:2], own)
+    assert torch.equal(few.uniform(2)[1:2], alone.uniform(2))
 
 
 def test_streams_and_calls_differ():
     rng = Rng([0, 1])
     first, second = rng.normal(100), rng.normal(100)
-    for a, b in [(first[0], first[1]), (first[0], second[0]), (first[0], second[1])]:
-        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.35
+    third, fourth = rng.normals(2, 100)
+    (fifth,) = rng.normals(1, 100)
+    drawn = torch.cat([first, second, third, fourth, fifth])
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.4
 
 
-def test_moments():
-    normal = Rng(range(64)).normal(4096).double()
+@pytest.mark.parametrize("draw", [Rng.normal, lambda rng, n: next(rng.normals(1, n))])
+def test_moments(draw):
+    normal = draw(Rng(range(64)), 4096).double()
     assert abs(normal.mean()) < 0.01 and abs(normal.var() - 1) < 0.01
     assert abs((normal**4).mean() - 3) < 0.06
     uniform = Rng(range(64)).uniform(4096).double()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,6 +108,24 @@ def test_importance_does_not_depend_on_how_a_batch_is_split(tmp_path):
     for name in whole:
         if "times" in name:
             torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_history_of_one(tmp_path):
+    tiny.pictures(tmp_path / "pictures", count=40)
+    changes = [*tiny.overrides("iddpm"), *BOUND, "train.precision=fp32"]
+    more = [word for change in changes for word in ("--set", change.replace(" ", ""))]
+    more += ["--data", str(tmp_path / "pictures"), "--steps", "6", "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += ["--master_addr=127.0.0.1", "--master_port=29631", "-m", "trilemma"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for out, launch in (("one", ["-m", "trilemma"]), ("two", torchrun)):
+        run = [sys.executable, *launch, "train", "iddpm", "--out", str(tmp_path / out), *more]
+        subprocess.run(run, check=True, env=environ, capture_output=True)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert torch.equal(one["model.times.told"], two["model.times.told"])
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
 
 
 class Blank(torch.nn.Module):

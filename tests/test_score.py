@@ -116,7 +116,7 @@ def test_a_step_of_the_sde_is_the_papers():
             drift, g2 = -beta / 2, beta
         score_there = (alpha * exact(schedule)(x, t) - x) / sigma**2
         expected = x - (drift * x - g2 * score_there) * width
-        expected += (g2 * width) ** 0.5 * Rng(range(5)).normal(2)
+        expected += (g2 * width) ** 0.5 * next(Rng(range(5)).normals(1, 2))
         first = next(
             iter(stochastic.reverse_sde(exact(schedule), x, path, schedule, Rng(range(5))))
         )

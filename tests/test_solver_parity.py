@@ -36,8 +36,8 @@ class Given:
     def __init__(self):
         self.noise = iter(draws()[1:])
 
-    def normal(self, *shape):
-        return next(self.noise)
+    def normals(self, draws, *shape):
+        return self.noise
 
     def __call__(self, *arguments, dtype=torch.float64, **options):
         return next(self.noise).to(dtype)

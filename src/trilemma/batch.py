@@ -7,7 +7,8 @@ Rng draws every image's randomness from that image's own stream, by the counter-
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"):
 number i of call c of the stream with seed s is a pure function of (s, c, i). So a picture depends
 on its seed alone, not on the pictures beside it in the batch, the batch size, the number of
-processes or the device; and all streams of a batch are drawn in one vectorised pass.
+processes or the device; and all streams of a batch are drawn in one vectorised pass. The noise of a
+solver's many steps, `Rng.normals`, is of a cheaper generator that Philox begins.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-TOGETHER = 3 * 2**16  # numbers that `Rng.normals` makes at once: enough for all cores, and in cache
+_FRACTIONS = 0x007FFFFF << 32
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+TOGETHER = 2**17  # numbers that `Rng.normals` makes at once: enough for all cores, and in cache
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -88,8 +91,8 @@ class Rng:
         seeds: B integers in [0, 2**63), one per image.
         device: where the drawn tensors live.
 
-    Each call of `normal`, `uniform` or `categorical` advances every stream by one; shapes are per
-    image, and the result has the batch dimension in front.
+    Each call of `normal`, `normals`, `uniform` or `categorical` advances every stream by one;
+    shapes are per image, and the result has the batch dimension in front.
     """
 
     def __init__(self, seeds: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> None:
@@ -106,14 +109,14 @@ class Rng:
         other._calls = self._calls
         return other
 
-    def _bits(self, blocks: int, draws: int) -> list[Tensor]:
-        """Return the four words of each block for the next `draws` calls: (draws, B, blocks) int64.
+    def _bits(self, blocks: int) -> list[Tensor]:
+        """Return the four words of each block of the next call: (B, blocks) int64.
 
-        Their low 32 bits count; above them may be anything.
+        Their low 32 bits count; above those of the second and the fourth may be anything.
         """
-        calls = torch.arange(self._calls, self._calls + draws, device=self.device)
-        self._calls += draws
-        c0, c2 = torch.arange(blocks, device=self.device)[None, None], calls[:, None, None]
+        c0 = torch.arange(blocks, device=self.device)[None]
+        c2 = torch.full((1, 1), self._calls, device=self.device)
+        self._calls += 1
         c1 = c3 = torch.zeros_like(c2)
         turns = torch.arange(10, device=self.device)[:, None, None]
         keys0 = ((self.seeds[:, None] & _MASK) + turns * 0x9E3779B9) & _MASK  # (10, B, 1)
@@ -131,44 +134,42 @@ class Rng:
             c1, c3 = product1, product0
         return [c0, c1, c2, c3]
 
-    def _uniform(self, count: int, draws: int) -> Tensor:
-        """Return (draws, B, count) float32: what so many calls of `uniform` give."""
-        c0, c1, c2, c3 = self._bits(-(-count // 4), draws)
+    def _uniform(self, count: int) -> Tensor:
+        c0, c1, c2, c3 = self._bits(-(-count // 4))
         pairs = c0.new_empty(*c0.shape, 2)
-        for i, (low, high) in enumerate(((c0, c1), (c2, c3))):
-            # 23 bits each, as the fractions of two float32 in [1, 2), side by side in an int64.
-            low.bitwise_right_shift_(9)
-            high.bitwise_left_shift_(23).bitwise_and_(0x007FFFFF << 32)
-            torch.bitwise_or(low.bitwise_or_(high), 0x3F8000003F800000, out=pairs[..., i])
-        # And a half: exact in float32, never 0 and never 1.
-        return pairs.view(torch.float32).flatten(2)[..., :count].sub_(1 - 2.0**-24)
+        for i, (low, high) in enumerate(((c0, c1), (c2, c3))):  # the upper 23 bits of each
+            high.bitwise_left_shift_(23).bitwise_and_(_FRACTIONS)
+            torch.bitwise_or(low.bitwise_right_shift_(9), high, out=pairs[..., i])
+        return _fractions(pairs).flatten(1)[:, :count]
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw (B, *shape) float32, uniform in the open interval (0, 1)."""
-        return self._uniform(math.prod(shape), 1).reshape(len(self), *shape)
+        return self._uniform(math.prod(shape)).reshape(len(self), *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw (B, *shape) float32, standard normal (Box-Muller)."""
-        return next(self.normals(1, *shape))
+        count = math.prod(shape)
+        drawn = _box_muller(self._uniform(count + count % 2))
+        return drawn[:, :count].reshape(len(self), *shape)
 
     def normals(self, draws: int, *shape: int) -> Iterator[Tensor]:
-        """Yield what `draws` calls of `normal` draw, (B, *shape) each, made several at a time.
+        """Yield (B, *shape) float32 standard normal numbers `draws` times: the noise of many steps.
 
-        For the steps of a solver: small draws are dearer. The streams have advanced by so many
-        calls when the last are made; what else is drawn from them before comes after those made.
+        For a third of the price of so many calls of `normal`, and several draws are made at a time:
+        one call of Philox says where in the sequence of SplitMix64 each image begins (Steele, Lea,
+        Flood 2014, "Fast Splittable Pseudorandom Number Generators"; as Java and Vigna have it).
         """
+        low, high, _, _ = self._bits(1)
+        start = low | (high << 32)  # (B, 1)
         count = math.prod(shape)
-        half = -(-count // 2)
+        half = (count + 1) // 2  # two numbers of 23 bits from each of 64
         together = max(1, TOGETHER // max(1, len(self) * count))
-        for start in range(0, draws, together):
-            u = self._uniform(2 * half, min(together, draws - start))  # (draws, B, 2 half)
-            radius = u[..., :half].log_().mul_(-2).sqrt_()
-            angle = u[..., half:].mul_(2 * math.pi)
-            pairs = u.new_empty(*u.shape[:2], 2, half)
-            torch.cos(angle, out=pairs[:, :, 0])
-            torch.sin(angle, out=pairs[:, :, 1])
-            drawn = pairs.mul_(radius[:, :, None]).flatten(2)[..., :count]
-            yield from drawn.reshape(len(drawn), len(self), *shape)
+        for first in range(0, draws, together):
+            some = min(together, draws - first)
+            index = torch.arange(first * half + 1, (first + some) * half + 1, device=self.device)
+            bits = _split_mix(start + (index * _GOLDEN).view(some, 1, half))
+            drawn = _box_muller(_fractions(bits))[:, :, :count]
+            yield from drawn.reshape(some, len(self), *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Draw (B, *shape) int64, uniform in [0, high)."""
@@ -178,6 +179,38 @@ class Rng:
         """Draw (B, ...) int64 indices from logits (B, ..., K), by the Gumbel-max trick."""
         gumbel = -(-self.uniform(*logits.shape[1:]).log()).log()
         return (logits.float() + gumbel).argmax(-1)
+
+
+def _split_mix(state: Tensor) -> Tensor:
+    """Return the 64 bits that SplitMix64 makes of each of its states, in their place."""
+    shifted = torch.empty_like(state)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        torch.bitwise_right_shift(state, shift, out=shifted)  # of signed numbers: without the sign
+        state.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1))
+        if factor != 1:
+            state.mul_(factor - 2**64)
+    return state
+
+
+def _fractions(bits: Tensor) -> Tensor:
+    """Make two numbers in (0, 1) of the lower 23 bits of both halves of int64 (..., N): (..., 2 N).
+
+    In their place: as the fractions of float32 in [1, 2). Half a step is added: they are exact,
+    never 0 and never 1.
+    """
+    bits.bitwise_and_(_FRACTIONS | 0x007FFFFF).bitwise_or_(0x3F8000003F800000)
+    return bits.view(torch.float32).sub_(1 - 2.0**-24)
+
+
+def _box_muller(uniform: Tensor) -> Tensor:
+    """Make normal numbers (..., N) of uniform ones (..., N), which are used up; N is even."""
+    half = uniform.shape[-1] // 2
+    radius = uniform[..., :half].log_().mul_(-2).sqrt_()
+    angle = uniform[..., half:].mul_(2 * math.pi)
+    pairs = uniform.new_empty(*uniform.shape[:-1], 2, half)
+    torch.cos(angle, out=pairs[..., 0, :])
+    torch.sin(angle, out=pairs[..., 1, :])
+    return pairs.mul_(radius[..., None, :]).flatten(-2)
 
 
 @dataclass(frozen=True)

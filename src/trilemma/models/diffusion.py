@@ -124,8 +124,7 @@ class Diffusion(Model):
         self.scale_input = scale_input
         self.objective = objective
         self.share: Tensor | None = None
-        in_steps = isinstance(self.times, (Uniform, Importance))
-        self.steps: int | None = self.times.steps if in_steps else None
+        self.steps: int | None = getattr(self.times, "steps", None)
         if (learn_variance or self.error is None) and self.steps is None:
             raise ValueError(
                 "learn_variance and the loss 'bound' are of steps, and the model's times are not "
