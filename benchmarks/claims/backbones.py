@@ -29,7 +29,6 @@ from collections.abc import Sequence
 import common
 import numpy as np
 from common import Side
-from matplotlib import pyplot
 
 from trilemma import data as pictures
 
@@ -104,11 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     half = next(iter(found.values()))[given.probes // 2 - 1]["seen"]
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    common.curves(axes[0, 0], trained, "seen", "images trained on")
-    common.curves(axes[0, 1], trained, "processor", "processor seconds of training")
-    axes[0, 0].legend(fontsize=8)
-    for place, name in zip([axes[0, 2], *axes[1]], trained, strict=True):
+    figure, plots, places = common.board(len(trained))
+    common.curves(plots[0], trained, "seen", "images trained on")
+    common.curves(plots[1], trained, "processor", "processor seconds of training")
+    plots[0].legend(fontsize=8)
+    for place, name in zip(places, trained, strict=True):
         common.show(place, kept.pictures(name), name)
     kept.save(given.out, figure)
     common.publish(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -298,6 +299,18 @@ def curves(axes: Axes, trained: Mapping[str, Trained], over: str, label: str) ->
         found = probes(one)
         axes.plot([f[over] for f in found], [f["fd"] for f in found], "o-", label=name, ms=3)
     axes.set(xlabel=label, ylabel="FD-Lite0", yscale="log")
+
+
+def board(strips: int) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Return a figure, two plots side by side in it, and places for strips of pictures below."""
+    figure = pyplot.figure(figsize=(12, 4.6), layout="constrained")
+    plots = figure.add_gridspec(2, 2, height_ratios=(4, 1))
+    places = figure.add_gridspec(2, strips, height_ratios=(4, 1))
+    return (
+        figure,
+        [figure.add_subplot(plots[0, i]) for i in range(2)],
+        [figure.add_subplot(places[1, i]) for i in range(strips)],
+    )
 
 
 def show(axes: Axes, images: torch.Tensor, title: str, columns: int = 10) -> None:

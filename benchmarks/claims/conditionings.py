@@ -24,7 +24,6 @@ import common
 import numpy as np
 from backbones import dit
 from common import Side
-from matplotlib import pyplot
 
 from trilemma import data as pictures
 from trilemma.networks.dit import CONDITIONINGS
@@ -82,18 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     half = found["adaln"][0][given.probes // 2 - 1]["seen"]
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, (over, costs), places = common.board(len(first))
     for color, (way, probes) in enumerate(found.items()):
         for i, one in enumerate(probes):
             line = [p["seen"] for p in one], [p["fd"] for p in one]
-            axes[0, 0].plot(*line, f"C{color}o-", ms=3, label=None if i else way)
-    axes[0, 0].set(xlabel="images trained on", ylabel="FD-Lite0", yscale="log")
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].scatter([work[w] / work["adaln"] for w in work], [taken[w] for w in work])
+            over.plot(*line, f"C{color}o-", ms=3, label=None if i else way)
+    over.set(xlabel="images trained on", ylabel="FD-Lite0", yscale="log")
+    over.legend(fontsize=8)
+    costs.scatter([work[w] / work["adaln"] for w in work], [taken[w] for w in work])
     for way in work:
-        axes[0, 1].annotate(way, (work[way] / work["adaln"], taken[way]), fontsize=8)
-    axes[0, 1].set(xlabel="operations, of adaLN's", ylabel="ms an image, forth and back")
-    for place, way in zip([axes[0, 2], *axes[1]], first, strict=True):
+        costs.annotate(way, (work[way] / work["adaln"], taken[way]), fontsize=8)
+    costs.set(xlabel="operations, of adaLN's", ylabel="ms an image, forth and back")
+    for place, way in zip(places, first, strict=True):
         common.show(place, kept.pictures(way), way)
     kept.save(given.out, figure)
     common.publish(

@@ -377,9 +377,11 @@ def _steps(
         distributed.barrier()
         mark = time.perf_counter()  # grids, watches, probes and saves are not training
     if run.rank == 0:
+        share = progress.seen / run.settings.images
         log.say(
-            f"trained on {count(progress.seen)} images in {clock(progress.elapsed)}; "
-            f"the model is {run.out / 'model.safetensors'}"
+            f"trained on {count(progress.seen)} images in {clock(progress.elapsed)}"
+            + (f", {share:.2%} of what the recipe asks for" if share < 0.1 else "")
+            + f"; the model is {run.out / 'model.safetensors'}"
         )
 
 
