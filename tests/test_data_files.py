@@ -333,7 +333,7 @@ def decoded():
 def test_a_second_load_reads_no_picture(tmp_path, monkeypatch):
     root = pictures.folder(tmp_path / "p")
     first = data.load(root)
-    monkeypatch.setattr("trilemma.data.cache.decode", None)
+    monkeypatch.setattr("trilemma.data.cache.fitted", None)
     monkeypatch.setattr("trilemma.data.cache.read_header", None)
     second = data.load(root)
     assert second.fingerprint == first.fingerprint and isinstance(second.images, np.memmap)
@@ -370,7 +370,7 @@ def test_changed_folders_are_noticed(tmp_path, change):
 def test_a_touched_or_moved_folder_is_not_decoded_again(tmp_path, monkeypatch):
     root = pictures.folder(tmp_path / "p")
     before = data.load(root)
-    monkeypatch.setattr("trilemma.data.cache.decode", None)
+    monkeypatch.setattr("trilemma.data.cache.fitted", None)
     for path in root.iterdir():
         os.utime(path)
     assert data.load(root).fingerprint == before.fingerprint
@@ -433,7 +433,7 @@ def test_several_processes_may_build_the_same_cache(tmp_path):
 
 def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
     root = pictures.folder(tmp_path / "p", 30)
-    real = data.cache.decode
+    real = data.cache.fitted
 
     def interrupted(*arguments, **options):
         if threading.get_ident() and interrupted.left == 0:
@@ -442,11 +442,11 @@ def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     interrupted.left = 10
-    monkeypatch.setattr("trilemma.data.cache.decode", interrupted)
+    monkeypatch.setattr("trilemma.data.cache.fitted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load(root)
     assert decoded() == []
-    monkeypatch.setattr("trilemma.data.cache.decode", real)
+    monkeypatch.setattr("trilemma.data.cache.fitted", real)
     assert len(data.load(root, split="all")) == 30
 
 

@@ -425,4 +425,5 @@ def test_each_step_is_of_one_size(tmp_path):
     cache = Cache(tmp_path, model, sets)
     image = torch.from_numpy(sets[1].images[[4, 1]]).float() / 127.5 - 1
     with torch.no_grad():
-        torch.testing.assert_close(cache.latents([4, 1], 1)[0], model.moments(image)[0])
+        mean, _ = model.moments(image)
+        torch.testing.assert_close(cache.latents([4, 1], 1)[0], mean, atol=1e-4, rtol=1e-4)

@@ -12,7 +12,7 @@ import sys
 from PIL import Image, ImageDraw, ImageFont
 
 import trilemma
-from trilemma.sampling import grid
+from trilemma.drawing import grid
 
 SIDE, COLUMNS, ROWS = 48, 10, 2  # of a picture in pixels; pictures of a run
 LEAD = 130  # pixels for the name
