@@ -1,7 +1,7 @@
 """Convolutions with many weights on few pixels, as matrix products: the same numbers, sooner.
 
 A convolution is the product of all windows of its input with its filters (Chellapilla, Puri, Simard
-2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.1). A
+2006, "High Performance Convolutional Neural Networks for Document Processing"). A
 transposed convolution is a product that makes windows, added up where they overlap. Taking windows
 and adding them up are linear, and each is the other's transpose, so each is the other's gradient.
 
