@@ -1,9 +1,9 @@
 """Convolutions with many weights on few pixels, as matrix products: the same numbers, sooner.
 
 A convolution is the product of all windows of its input with its filters (Chellapilla, Puri, Simard
-2006, "High Performance Convolutional Neural Networks for Document Processing"). A
-transposed convolution is a product that makes windows, added up where they overlap. Taking windows
-and adding them up are linear, and each is the other's transpose, so each is the other's gradient.
+2006, "High Performance Convolutional Neural Networks for Document Processing"). A transposed one is
+a product that makes windows, added up where they overlap. Taking windows and adding them up are
+linear, and each is the other's transpose, so each is the other's gradient.
 
 PyTorch's convolutions on a CPU (oneDNN) rearrange their weights at every call; with a thousand
 channels on maps of 1 to 7 pixels a training step consists of that. A product does not, but copies
