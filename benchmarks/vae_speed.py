@@ -141,7 +141,8 @@ def ours(
     model = autoencoder.VAE(*nets, latent=LATENT, likelihood="gaussian")
     device.prepare(model, WHERE, device.dtype(precision, WHERE))
     settings = Settings(batch=batch, precision=precision, grids=0)
-    spec = {"run": {"recipe": "vae", "data": data.name, "size": data.shape[1], "seed": 0}}
+    about = {"recipe": "vae", "data": data.name, "size": data.shape[1], "seed": 0}
+    spec = {"run": about, "model": {}}
     run = Run(model, spec, settings, Length(steps=1), data, folder, 0, WHERE)
     stream = pictures.batches(data, batch, seed=0)
 
@@ -201,9 +202,8 @@ def main() -> None:
         for side, seconds in took.items():
             rates = sorted(count / one for one in seconds)
             ratios = sorted(a / b for a, b in zip(took["pythae"], seconds, strict=True))
-            print(
-                f"| {name} | {size:,} | {side} | {told(rates, 0)} | {told(ratios, 2)} |", flush=True
-            )
+            row = f"| {name} | {size:,} | {side} | {told(rates, 0)} | {told(ratios, 2)} |"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

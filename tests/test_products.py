@@ -22,8 +22,8 @@ CASES = [  # (height, width), kernel, stride, padding
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    least = dict.fromkeys(products.WEIGHTS_PER_PIXEL, 1e-9)
-    monkeypatch.setattr(products, "WEIGHTS_PER_PIXEL", least)
+    for least in ("WEIGHTS_PER_PIXEL", "LEARNING"):
+        monkeypatch.setattr(products, least, 1e-9)
 
 
 def draw(*shape):
@@ -97,8 +97,9 @@ def test_only_many_weights_on_few_pixels_are_products(monkeypatch):
     for side in (2, 4, 16):
         layer(torch.zeros(1, 256, side, side))
     assert used == [2]
-    with device.autocast(torch.bfloat16, CPU):  # a product gains more there
+    with device.autocast(torch.bfloat16, CPU):  # where a product gains most for the weights
         layer(torch.zeros(1, 256, 4, 4))
+        layer.requires_grad_(False)(torch.zeros(1, 256, 4, 4))
     assert used == [2, 4]
 
 

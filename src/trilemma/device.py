@@ -96,7 +96,7 @@ def prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
     """Move `module` to `device`, laid out in memory as pays there; return it.
 
     On a CPU convolutions with many weights on few pixels become matrix products. Sets the process
-    up too: TF32 for the float32 matrix products of CUDA, and memory kept for the next step.
+    up too: TF32 for the float32 matrix products of CUDA, and memory that is kept for the next step.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

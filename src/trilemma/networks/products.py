@@ -1,9 +1,9 @@
 """Convolutions with many weights on few pixels, as matrix products: the same numbers, sooner.
 
 A convolution is the product of all windows of its input with its filters (Chellapilla, Puri, Simard
-2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.1). A
-transposed convolution is a product that makes windows, added up where they overlap. Taking windows
-and adding them up are linear, and each is the other's transpose, so each is the other's gradient.
+2006, "High Performance Convolutional Neural Networks for Document Processing"). A transposed one is
+a product that makes windows, added up where they overlap. Taking windows and adding them up are
+linear, and each is the other's transpose, so each is the other's gradient.
 
 PyTorch's convolutions on a CPU (oneDNN) rearrange their weights at every call; with a thousand
 channels on maps of 1 to 7 pixels a training step consists of that. A product does not, but copies
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# So many weights to a pixel, and a product is the faster one, at any batch: docs/benchmarks.md.
-WEIGHTS_PER_PIXEL = {torch.bfloat16: 20_000, torch.float32: 100_000}
+# With so many weights to a pixel a product is the faster one, at any batch: docs/benchmarks.md.
+WEIGHTS_PER_PIXEL = 100_000
+LEARNING = 20_000  # the same in bfloat16, where the weights learn
 
 
 def use(module: nn.Module) -> None:
@@ -39,8 +40,9 @@ def use(module: nn.Module) -> None:
 
 
 def _conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert not isinstance(layer.padding, str)
     sides = zip(x.shape[2:], layer.padding, layer.kernel_size, layer.stride, strict=False)
-    pixels = [(n + 2 * int(p) - k) // s + 1 for n, p, k, s in sides]
+    pixels = [(n + 2 * p - k) // s + 1 for n, p, k, s in sides]
     if not _pays(x, weight, pixels):
         return nn.Conv2d._conv_forward(layer, x, weight, bias)
     return conv2d(x, weight, bias, layer.stride, layer.padding)
@@ -49,6 +51,7 @@ def _conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _conv_transpose2d(
     layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | None = None
 ) -> Tensor:
+    assert not isinstance(layer.padding, str)
     if output_size is not None or not _pays(x, layer.weight, x.shape[2:]):
         return nn.ConvTranspose2d.forward(layer, x, output_size)
     more = layer.output_padding
@@ -56,9 +59,10 @@ def _conv_transpose2d(
 
 
 def _pays(x: Tensor, weight: Tensor, pixels: Sequence[int]) -> bool:
-    least = WEIGHTS_PER_PIXEL.get(_format(x))
-    if least is None or x.device.type != "cpu" or x.ndim != 4:
+    if x.device.type != "cpu" or x.ndim != 4:
         return False
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    least = LEARNING if learns and _format(x) == torch.bfloat16 else WEIGHTS_PER_PIXEL
     return 0 < least * pixels[0] * pixels[1] <= weight.numel()
 
 
