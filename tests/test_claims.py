@@ -118,7 +118,7 @@ def test_schedules(run, data, capsys):
 def test_fewstep(run, data, capsys):
     rows = 2 + 4 + 1  # of the teacher, of each method, and real pictures
     found = check_twice(capsys, "fewstep", rows, "--run", run, "--data", data)
-    assert {"teacher, ddpm, 4 calls", "adversarial, 1 calls", "reflow, 1 calls"} <= set(found)
+    assert {"teacher, ddpm, 4 calls", "reflow, --to 1, 1 calls"} <= set(found)
     assert json.loads(Path("runs/claims/fewstep/reflow-1-8/processor.json").read_text()) > 0
     script = importlib.import_module("fewstep")
     script.main(["--tiny", "--speed", "--run", run, "--data", data])
