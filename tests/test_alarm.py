@@ -195,7 +195,7 @@ def test_a_run_that_collapses_is_told(data, tmp_path, capsys):
     """The rate rises from nothing, at which it learns to cover the data, to an absurd one."""
     out = tmp_path / "run"
     changes = [*SMALL, "train.log_every=5", "train.watches=30", "train.ema_halflife=0"]
-    changes += ["train.optimizer.lr=0.5", "train.warmup=1000000", "train.schedule=constant"]
+    changes += ["train.optimizer.lr=0.05", "train.warmup=1000000", "train.schedule=constant"]
     training.train("quick-gan", data, out=out, steps=600, overrides=changes)
     told = "".join(capsys.readouterr().err.split())
     found = [line["watch"]["coverage"] for line in lines(out) if "watch" in line]

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "cgan"
     changes = [*tiny.overrides("cgan"), "model.augment=off", "train.optimizer.lr=3e-3"]
-    changes += ["train.ema_halflife=0"]
+    changes += ["model.noise=0", "model.flip=0", "train.ema_halflife=0"]
     training.train("cgan", folder, out=out, steps=150, overrides=changes, quiet=True)
     return sampling.load(out)
 
