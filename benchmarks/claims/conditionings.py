@@ -26,8 +26,8 @@ from backbones import dit
 from common import Side
 
 from trilemma import data as pictures
-from trilemma.networks.dit import CONDITIONINGS
 
+WAYS = "in-context", "cross-attention", "adaln", "adaln-zero"
 TINY = {"images": 64, "probes": 2, "n": 8, "steps": 2, "rounds": 1, "seeds": 1}
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     probe = distance.probe(given.n, solver="euler", steps=given.steps, guidance=1.0)
     runs = {}
-    for way in CONDITIONINGS:
+    for way in WAYS:
         changes = [f"model.network.conditioning={way}", "train.schedule=constant", *dit(6)]
         sides = {f"{way}, seed {s}": Side("dit", changes, s) for s in range(given.seeds)}
         runs[way] = common.learn("conditionings", sides, train, probe, given)
