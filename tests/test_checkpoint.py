@@ -54,12 +54,14 @@ def test_weights_must_fit():
 
 def test_packaged_models_draw_and_fit_in_a_clone(tmp_path):
     names = checkpoint.packaged_models()
-    assert "fashion" in names
+    assert names == ["emoji", "fashion"]
     for name in names:
         assert (checkpoint.PACKAGED / f"{name}.safetensors").stat().st_size <= 16 * 2**20
         assert (checkpoint.PACKAGED / f"LICENSE-{name}.txt").is_file()
     boots = trilemma.load("fashion").sample(2, label="Ankle boot", steps=2)
     assert boots.shape == (2, 1, 28, 28) and boots.float().std() > 10
+    red, blue = trilemma.load("emoji").sample(2, text=["red square", "blue square"], steps=4).float()
+    assert red[0].mean() > red[2].mean() + 30 and blue[2].mean() > blue[0].mean() + 30
 
 
 def test_a_run_goes_before_a_packaged_model_of_its_name(tmp_path, monkeypatch):

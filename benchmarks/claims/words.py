@@ -110,7 +110,7 @@ def main() -> None:
         cells += [f"{share:.1%}" for share in found(clip, images, texts)] if clip else ["-", "-"]
         return cells + [f"{told(judge, images, test.label):.1%}" if judge else "-"]
 
-    real = torch.from_numpy(np.ascontiguousarray(test.images))
+    real = torch.from_numpy(np.array(test.images))
     some = np.linspace(0, len(train) - 1, len(test)).astype(np.int64)
     rows = [["real test pictures", *measures(real), "-", "-"]]
     rows[0][1] = f"{distance(train.tensor(some)):.0f} (training pictures)"
