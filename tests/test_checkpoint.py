@@ -60,7 +60,8 @@ def test_packaged_models_draw_and_fit_in_a_clone(tmp_path):
         assert (checkpoint.PACKAGED / f"LICENSE-{name}.txt").is_file()
     boots = trilemma.load("fashion").sample(2, label="Ankle boot", steps=2)
     assert boots.shape == (2, 1, 28, 28) and boots.float().std() > 10
-    red, blue = trilemma.load("emoji").sample(2, text=["red square", "blue square"], steps=4).float()
+    squares = trilemma.load("emoji").sample(2, text=["red square", "blue square"], steps=4)
+    red, blue = squares.float()
     assert red[0].mean() > red[2].mean() + 30 and blue[2].mean() > blue[0].mean() + 30
 
 
