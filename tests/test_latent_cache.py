@@ -199,6 +199,7 @@ def test_encoding_counts_as_training(model, pictures, monkeypatch, tmp_path, sta
 def test_two_processes_read_one_file(stage, folder, tmp_path):
     name, changes = using(stage)
     sets = [*tiny.overrides(name), "train.log_every=1", "train.precision=fp32", *changes]
+    sets += ["train.warmup=0", "train.optimizer={type='adam', lr=1e-5}"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     torchrun += ["--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}", "-m", "trilemma"]
     for out, launch in (("one", ["-m", "trilemma"]), ("two", torchrun)):
@@ -211,4 +212,4 @@ def test_two_processes_read_one_file(stage, folder, tmp_path):
     assert losses(tmp_path / "run-one") == pytest.approx(losses(tmp_path / "run-two"), rel=1e-3)
     one, two = (checkpoint.read_model(tmp_path / f"run-{out}")[0] for out in ("one", "two"))
     apart = max((one[key].float() - two[key].float()).abs().max().item() for key in one)
-    assert apart < 2e-2  # a step of Muon turns rounding into a share of its rate
+    assert apart < 1e-3
