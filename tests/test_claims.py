@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tiny
 import trilemma
+from trilemma import data as pictures_of
+from trilemma import joining
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "claims"
 
@@ -124,3 +127,36 @@ def test_fewstep(run, data, capsys):
     script.main(["--tiny", "--speed", "--run", run, "--data", data])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6
+
+
+@pytest.fixture
+def fit(tmp_path, monkeypatch):
+    """Train a recipe for two steps on captioned pictures of 16 pixels."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    data = pictures_of.load(str(tiny.captioned(tmp_path / "data")), size=16)
+
+    def fit(name, *changes):
+        changes = [*tiny.overrides(name), *changes]
+        trilemma.train(name, data, out=f"runs/{name}", steps=2, quiet=True, overrides=changes)
+
+    return fit
+
+
+def test_unclip(fit, capsys):
+    fit("clip", "model.dim=8")
+    fit("unclip-prior", "model.diffusion.network.dim=8")
+    fit("unclip-decoder")
+    joining.join("runs/unclip-prior", "runs/unclip-decoder", None, "runs/unclip")
+    found = check_twice(capsys, "unclip", 1 + 3 * 2, "--run", "runs/unclip", "--data", "data")
+    assert found["direct, cosines"]["text"] == pytest.approx(1, abs=1e-4)
+    assert found["pictures, cosines"]["picture"] == pytest.approx(1, abs=1e-4)
+    assert found["pictures, guidance 1"]["fd"] != found["prior, guidance 1"]["fd"]
+
+
+def test_clip_guidance(fit, capsys):
+    fit("clip", "model.dim=8")
+    fit("text-diffusion")
+    options = ["--run", "runs/text-diffusion", "--clip", "runs/clip", "--data", "data"]
+    found = check_twice(capsys, "clip_guidance", 1 + 4, *options)
+    assert found["CLIP, scale 1"] != found["no words"]
