@@ -6,9 +6,10 @@ getting better. Crowson et al. (2022), "VQGAN-CLIP", section 3.2: crops against 
 
 A model draws with its words left out (guidance 0), led by CLIP towards the captions of held-out
 pictures at each scale; once more with a single crop, the whole picture, at the middle scale; and
-beside them by its own words with classifier-free guidance. The cosine of picture and caption is that
-of the guiding CLIP, which is flattered; the share of pictures whose category a run of `classifier`
-tells has nothing to do with it. FD-Lite0 to the test pictures. Time is processor time of one thread.
+beside them by its own words with classifier-free guidance. The cosine of picture and caption is
+that of the guiding CLIP, which is flattered; the share of pictures whose category a run of
+`classifier` tells has nothing to do with it. FD-Lite0 to the test pictures. Time is processor time
+of one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/claims/clip_guidance.py --run emoji --clip runs/clip \
         --classifier runs/classifier
@@ -29,6 +30,7 @@ import trilemma
 from trilemma import data as pictures
 from trilemma.batch import to_float
 
+SHARES = "first", "five", "category"
 TINY = {"n": 6, "steps": 2, "scales": [1.0]}
 
 
@@ -74,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways[f"its own words, guidance {given.free:g}"] = {"guidance": given.free}
 
     def cells(said: dict[str, float]) -> list[str]:
-        shares = [
-            f"{said[key]:.1%}" if key in said else "" for key in ("first", "five", "category")
-        ]
+        shares = [f"{said[key]:.1%}" if key in said else "" for key in SHARES]
         return [f"{said['cosine']:.2f}", *shares, f"{said['fd']:.0f}"]
 
     table = [("test pictures", "", *cells(kept("test pictures", lambda: measures(real))))]

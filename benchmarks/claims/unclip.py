@@ -2,8 +2,8 @@
 than CLIP's embedding of the words.
 
 Ramesh et al. (2022), "Hierarchical Text-Conditional Image Generation with CLIP Latents", section
-5.1 and figure 8: the decoder of unCLIP can be given the text's embedding in the picture's place, for
-CLIP puts both into one space; what a prior draws of the text is better.
+5.1 and figure 8: the decoder of unCLIP can be given the text's embedding in the picture's place,
+for CLIP puts both into one space; what a prior draws of the text is better.
 
 The captions of held-out pictures, which no training picture shows, are drawn by the decoder from
 the text's own embedding, from what each prior draws of it, and from the embeddings of the held-out
@@ -46,6 +46,7 @@ from trilemma.sampling import Trained
 BATCH = 128
 PROMPTS = ["red apple", "blue heart", "cat face", "grinning face", "flag", "yellow car"]
 CHANGES = [("red heart", "blue heart"), ("face", "cat face")]
+SHARES = "first", "five", "category"
 TINY = {"n": 6, "steps": 2, "shown": 2}
 
 
@@ -117,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return said
 
     def cells(said: dict[str, float]) -> list[str]:
-        shares = [
-            f"{said[key]:.1%}" if key in said else "" for key in ("first", "five", "category")
-        ]
+        shares = [f"{said[key]:.1%}" if key in said else "" for key in SHARES]
         return [f"{said['fd']:.0f}", *shares]
 
     table = [("test pictures", "", "", "", *cells(kept("test pictures", lambda: measures(real))))]
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept.save(given.out, figure)
     common.publish(
         f"{unclip.progress['seen']:,} images of training of the decoder; {len(rows)} captions of "
-        f"test pictures, {len(dict.fromkeys(texts))} different; {given.steps} steps of the decoder.",
+        f"test pictures, {len(dict.fromkeys(texts))} different; {given.steps} decoder steps.",
         ("the decoder is given", "guidance", "cosine to the text", "to the picture", "FD-Lite0",
          "own caption first", "among five", "category told"),
         table,
