@@ -303,14 +303,10 @@ def curves(axes: Axes, trained: Mapping[str, Trained], over: str, label: str) ->
 
 def board(strips: int) -> tuple[Figure, list[Axes], list[Axes]]:
     """Return a figure, two plots side by side in it, and places for strips of pictures below."""
-    figure = pyplot.figure(figsize=(12, 4.6), layout="constrained")
-    plots = figure.add_gridspec(2, 2, height_ratios=(4, 1))
-    places = figure.add_gridspec(2, strips, height_ratios=(4, 1))
-    return (
-        figure,
-        [figure.add_subplot(plots[0, i]) for i in range(2)],
-        [figure.add_subplot(places[1, i]) for i in range(strips)],
-    )
+    figure = pyplot.figure(figsize=(12, 5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 1))
+    plots, places = above.subplots(1, 2), below.subplots(1, strips, squeeze=False)
+    return figure, list(plots), list(places[0])
 
 
 def show(axes: Axes, images: torch.Tensor, title: str, columns: int = 10) -> None:

@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     over.legend(fontsize=8)
     costs.scatter([work[w] / work["adaln"] for w in work], [taken[w] for w in work])
     for way in work:
-        costs.annotate(way, (work[way] / work["adaln"], taken[way]), fontsize=8)
+        place = work[way] / work["adaln"], taken[way]
+        costs.annotate(f"{way}  ", place, fontsize=8, ha="right", va="top")
+    costs.margins(x=0.25)
     costs.set(xlabel="operations, of adaLN's", ylabel="ms an image, forth and back")
     for place, way in zip(places, first, strict=True):
         common.show(place, kept.pictures(way), way)
