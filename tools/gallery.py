@@ -1,28 +1,36 @@
-"""Draw the gallery of a family page: a row of pictures for each of several runs, with its name.
+"""Draw the gallery of a family page: pictures of each of several runs beside its name.
 
     python tools/gallery.py docs/images/gans.png runs/dcgan runs/sngan wgan=runs/other ...
+    python tools/gallery.py docs/images/repaired.png runs/colourise --data emoji
 
-The same seeds for all, each run's own defaults; classes in turn where there are any.
+The same seeds for all, each run's own defaults; classes in turn where there are any. Of a run that
+repairs pictures: test pictures of the data in threes, what is given, what is drawn, the original.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 from PIL import Image, ImageDraw, ImageFont
 
 import trilemma
+from trilemma import data as pictures
+from trilemma import redraw
 from trilemma.drawing import grid
 
-SIDE, COLUMNS, ROWS = 48, 10, 2  # of a picture in pixels; pictures of a run
+WIDTH, COLUMNS, ROWS = 500, 10, 2  # of a row of pictures in pixels; pictures of a run
 LEAD = 130  # pixels for the name
 
 
-def row(run: str, name: str) -> Image.Image:
+def row(run: str, name: str, data: str | None) -> Image.Image:
     """Return the pictures of a run with its name to the left."""
-    images = trilemma.load(run).sample(COLUMNS * ROWS, seed=0)
-    drawn = grid(images, COLUMNS)
-    drawn = drawn.resize((COLUMNS * SIDE, ROWS * SIDE), Image.Resampling.NEAREST)
+    trained = trilemma.load(run)
+    if trained.repairs:
+        test = pictures.load(data, split="test", size=trained.data["shape"][1])
+        drawn = redraw.sheet(trained, test)
+    else:
+        drawn = grid(trained.sample(COLUMNS * ROWS, seed=0), COLUMNS)
+    drawn = drawn.resize((WIDTH, WIDTH * drawn.height // drawn.width), Image.Resampling.NEAREST)
     made = Image.new("RGB", (LEAD + drawn.width, drawn.height + 6), "white")
     made.paste(drawn.convert("RGB"), (LEAD, 0))
     font = ImageFont.load_default(14)
@@ -32,16 +40,22 @@ def row(run: str, name: str) -> Image.Image:
 
 def main() -> None:
     """Write the picture that the command line names."""
-    out, *runs = sys.argv[1:]
-    pairs = [given.rpartition("=") for given in runs]
-    rows = [row(run, name or run.rstrip("/").rpartition("/")[2]) for name, _, run in pairs]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out")
+    parser.add_argument("runs", nargs="+", help="a run's folder, or NAME=FOLDER")
+    parser.add_argument("--data", help="whose test pictures are repaired")
+    given = parser.parse_args()
+    pairs = [run.rpartition("=") for run in given.runs]
+    rows = [
+        row(run, name or run.rstrip("/").rpartition("/")[2], given.data) for name, _, run in pairs
+    ]
     height = sum(made.height for made in rows)
     sheet = Image.new("RGB", (rows[0].width, height), "white")
     top = 0
     for made in rows:
         sheet.paste(made, (0, top))
         top += made.height
-    sheet.save(out, optimize=True)
+    sheet.save(given.out, optimize=True)
 
 
 if __name__ == "__main__":
