@@ -73,7 +73,7 @@ def save(
     label: str | int | None = None,
     attributes: Sequence[str] | None = None,
     text: str | Sequence[str] | None = None,
-    batch: int = 128,
+    batch: int | None = None,
     **options: Any,
 ) -> Iterator[Path]:
     """Draw `n` images into `out` as numbered PNGs and, at the end, `grid.png`; yield each path.

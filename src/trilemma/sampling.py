@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trilemma import adapters, checkpoint, device, guides, recipe
 from trilemma.batch import Condition, Rng, to_uint8
+from trilemma.batching import Batching
 from trilemma.conditioning import reads_text
 from trilemma.diffusion.guidance import Guidance
 from trilemma.errors import UserError
@@ -320,16 +321,17 @@ class Trained:
         label: str | int | None = None,
         attributes: Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
-        batch: int = 128,
+        batch: int | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
         """Draw `n` images in batches, uint8 (B, C, H, W) on the CPU.
 
-        Image i draws from the stream of seed + i: it does not depend on `n` or `batch`.
+        Image i draws from the stream of seed + i: it does not depend on `n` or `batch`, which None
+        chooses by the memory there is (`batching`).
 
         Raises:
             UserError: an unknown option, class or attribute; text for a model that reads none; `n`
-                or `batch` below 1; a model that translates or enlarges.
+                or `batch` below 1; a model that translates or enlarges; too little memory.
         """
         if self.translates:
             raise UserError(
@@ -347,7 +349,7 @@ class Trained:
                 f"use trilemma edit repair {self.path} PICTURES --out DIR, "
                 "or edit inpaint for what a mask hides"
             )
-        if n < 1 or batch < 1:
+        if n < 1 or (batch is not None and batch < 1):
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
         options = self.opened(options)
         labels = self.labels(n, label, options.get("classifier"))
@@ -358,17 +360,24 @@ class Trained:
         followed = ("guide", "classifier", "clip")
         by_gradients = any(options.get(name) is not None for name in followed)
         without = torch.no_grad if by_gradients else torch.inference_mode
-        for start in range(0, n, batch):
-            count = min(batch, n - start)
+        start, batching = 0, Batching(where, batch)
+
+        def draw(count: int) -> Tensor:
             part = None if labels is None else labels[start : start + count].to(where)
             rng = Rng(range(seed + start, seed + start + count), where)
             said = None if texts is None else texts[start : start + count]
             condition = Condition(count, part, self.attributes(rng, attributes), said)
             with without(), device.autocast(dtype, where):
-                images = self.generator.sample(condition, rng, **chosen)
+                return self.generator.sample(condition, rng, **chosen)
+
+        while start < n:
+            images = batching.draw(draw, n - start)
+            if images is None:
+                continue
             if not images.isfinite().all():
                 raise UserError(f"{self.name} drew images that are not finite; train it anew")
             yield to_uint8(images).cpu()
+            start += len(images)
 
     def arguments(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Return opened options as the family's own function takes them: all that guides as one."""
@@ -389,7 +398,7 @@ class Trained:
         label: str | int | None = None,
         attributes: Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
-        batch: int = 128,
+        batch: int | None = None,
         **options: Any,
     ) -> Tensor:
         """Draw `n` images, uint8 (n, C, H, W) on the CPU; arguments and errors as `batches`."""

@@ -139,7 +139,9 @@ def sample(
     batch: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Pictures drawn at once.", show_default="128; 1 of Stable Diffusion"
+            min=1,
+            help="Pictures drawn at once.",
+            show_default="128, or what memory has room for; 1 of Stable Diffusion",
         ),
     ] = None,
     device: Device = None,
@@ -192,7 +194,7 @@ def sample(
         if texts or text_file is not None:
             chosen["text"] = texts
         n = n or (64 if not texts else 16 if len(texts) == 1 else len(texts))
-        paths = drawing.save(trained, n, out, seed=seed, label=label, batch=batch or 128, **chosen)
+        paths = drawing.save(trained, n, out, seed=seed, label=label, batch=batch, **chosen)
     drawn = list(track(paths, "drawing", total=n + 1, console=screen, transient=True))
     if as_json:
         say({"images": [str(path) for path in drawn[:-1]], "grid": str(drawn[-1])})
