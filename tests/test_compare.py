@@ -89,12 +89,28 @@ def test_failed_recipe_is_listed_and_does_not_lose_the_others(finished, folder):
     assert failed["error"] in (folder / "all" / "report.html").read_text().replace("&#39;", "'")
 
 
-def test_last_probe_is_the_probe_of_the_finished_model(finished, folder):
-    flow = finished["models"][1]
+@pytest.fixture
+def judge(folder):
     training = data.load("photos", multiple=8)
     held_out = data.load("photos", split="test", multiple=8)
-    judge = Judge(training, held_out, folder, n=50, features="pixels", seed=0, steps=[],
-                  device_name="cpu", screen=Console(quiet=True))  # fmt: skip
+    return Judge(training, held_out, folder, n=50, features="pixels", seed=0, steps=[],
+                 device_name="cpu", screen=Console(quiet=True))  # fmt: skip
+
+
+def test_model_timed_in_small_batches_is_timed_again_by_what_it_draws(finished, folder, judge):
+    judge.n = 60
+    trained = sampling.load(folder / "all" / finished["models"][0]["name"], "cpu")
+    slow = {"images_per_second": 1e-9, "batch": 4, "by_batch": {"4": 1e-9}, "calls": 1}
+    told = judge.full(trained, slow)
+    assert told["speed"]["batch"] == 60 and told["protocol"]["timed in"] == "batches of 60"
+    assert told["speed"]["images_per_second"] == told["speed"]["by_batch"]["60"] > 1e-9
+    assert told["speed"]["calls"] == 1 and "memory" in told["speed"]
+    judged = judge.full(trained, slow | {"batch": 128})
+    assert judged["scores"] == told["scores"] and judged["speed"]["images_per_second"] == 1e-9
+
+
+def test_last_probe_is_the_probe_of_the_finished_model(finished, folder, judge):
+    flow = finished["models"][1]
     again = judge.probe(sampling.load(folder / "all" / flow["name"], "cpu"))
     assert again["fd"] == pytest.approx(flow["probes"][-1]["fd"], rel=1e-6)
     assert again["coverage"] == flow["probes"][-1]["coverage"]

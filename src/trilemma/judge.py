@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.reference import Reference
-from trilemma.metrics.speed import foresee, network_calls, speed
+from trilemma.metrics.speed import foresee, network_calls, peak_memory, speed
 from trilemma.model import Generator
 from trilemma.report import sheets
 from trilemma.report.tables import share
@@ -144,7 +145,7 @@ class Judge:
         return {"fd": distance, "recall": recall, "coverage": coverage}
 
     def speed(self, trained: Trained) -> dict[str, Any]:
-        """Measure what drawing costs: `metrics.speed.speed`."""
+        """Measure what drawing costs (`metrics.speed.speed`), of slow models in smaller batches."""
 
         def draw(size: int) -> Tensor:
             return trained.sample(size, seed=self.seed, batch=size)
@@ -152,17 +153,12 @@ class Judge:
         return speed(trained.model, draw, sorted({1, min(BATCH, self.n)}), LONGEST)
 
     def full(self, trained: Trained, cost: dict[str, Any]) -> dict[str, Any]:
-        """Return all that the report tells of a model but its training; `cost` is its `speed`."""
+        """Return all that the report tells of a model but its training.
+
+        `cost` is what drawing costs by `speed`.
+        """
         name = trained.name
-        batches = track(
-            trained.batches(self.n, seed=self.seed, batch=BATCH),
-            "drawing",
-            total=-(-self.n // BATCH),
-            console=self.screen,
-            transient=True,
-            disable=not self.screen.is_terminal,
-        )
-        drawn = torch.cat(list(batches))
+        drawn, cost = self._drawn(trained, cost)
         seen = self.see(drawn)
         quick = self._quick(seen.pooled[: self.probe_n])
         scores = score(seen, self._real)
@@ -200,6 +196,34 @@ class Judge:
                 "weights": f"averaged, after {trained.progress['seen']:,} pictures",
             },
         }
+
+    def _drawn(self, trained: Trained, cost: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Draw the pictures to judge by; return them, and what drawing costs.
+
+        Of a model so slow that its speed was measured in smaller batches, these are timed.
+        """
+        size = min(BATCH, self.n)
+        batches = iter(
+            track(
+                trained.batches(self.n, seed=self.seed, batch=size),
+                "drawing",
+                total=-(-self.n // size),
+                console=self.screen,
+                transient=True,
+                disable=not self.screen.is_terminal,
+            )
+        )
+        if cost["batch"] >= size:
+            return torch.cat(list(batches)), cost
+        parts: list[Tensor] = []
+        where = next(trained.model.parameters()).device
+        start = time.perf_counter()
+        memory = peak_memory(lambda: parts.append(next(batches)), where)
+        parts += islice(batches, self.n // size - 1)  # what is left is no whole batch
+        rate = size * len(parts) / (time.perf_counter() - start)
+        by_batch = {**cost["by_batch"], str(size): rate}
+        timed = {"images_per_second": rate, "batch": size, "by_batch": by_batch, "memory": memory}
+        return torch.cat([*parts, *batches]), {**cost, **timed}
 
     def _noise(self, drawn: Tensor) -> dict[str, float]:
         """Return the standard errors of the scores that a choice rests on."""
