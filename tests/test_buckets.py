@@ -10,7 +10,7 @@ from PIL import Image
 
 import pictures
 import tiny
-from trilemma import cli, codecs, data, latents, sampling, training
+from trilemma import cli, codecs, data, drawing, evaluation, latents, sampling, training
 from trilemma.data import buckets
 from trilemma.errors import Interrupted, UserError
 
@@ -218,6 +218,33 @@ def test_latents_of_each_size_are_kept(photos, stage, tmp_path, monkeypatch):
     assert len(shapes) == len(made) > 1 and sum(kept.shape[1] for kept in made) == len(
         data.load(photos, size=16)
     )
+
+
+def test_grids_show_the_sizes_and_scores_tell_that_they_are_of_squares(photos, stage, tmp_path):
+    asked = "train.grids=1", "sample.steps=1"
+    trained = fit("latent-dit", photos, stage, tmp_path / "run", *asked, steps=2)
+    columns, sizes = (10 if trained.conditional else 8), trained.data["buckets"]
+    assert sizes[0] == [16, 16] and 1 < len(sizes) <= columns
+    (sheet,) = (tmp_path / "run" / "samples").iterdir()
+    rows = columns // len(sizes)
+    width = max(columns * (width + 2) - 2 for _, width in sizes)
+    height = sum(rows * (height + 2) - 2 + 8 for height, _ in sizes) - 8
+    assert Image.open(sheet).size == (width, height)
+    loaded = sampling.load(tmp_path / "run")
+    assert loaded.data["buckets"] == sizes
+    result = evaluation.evaluate(loaded, photos, n=4, split="all", features="pixels", steps=1)
+    assert result["protocol"]["size"] == [3, 16, 16]
+    assert "squares cut out of the real ones" in result["warnings"][-1]
+    with pytest.raises(UserError, match="32x8; expected squares"):
+        evaluation.evaluate(loaded, photos, n=4, features="pixels", steps=1, size=[8, 32])
+
+
+def test_captioned_grids_of_several_sizes_are_enlarged_alike():
+    images = [torch.zeros(8, 3, *size, dtype=torch.uint8) for size in ((16, 16), (32, 8))]
+    sheets = [drawing.captioned(i, ["a"] * 8, 8, 96 * i.shape[3] // 16) for i in images]
+    assert [sheet.width for sheet in sheets] == [8 * (96 + 8), 8 * (48 + 8)]
+    whole = drawing.stacked(sheets)
+    assert whole.size == (sheets[0].width, sheets[0].height + 8 + sheets[1].height)
 
 
 def test_what_takes_no_sizes_is_told(photos, tmp_path):

@@ -1,6 +1,7 @@
 """The comparison, on real but tiny models: what it writes, keeps, refuses and survives."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from rich.console import Console
 
 import tiny
 from trilemma import comparison as comparing
-from trilemma import data, recipe, sampling
+from trilemma import data, foresight, recipe, sampling
 from trilemma.comparison import compare
 from trilemma.errors import Interrupted, UserError
 from trilemma.judge import Judge
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("trilemma.metrics.speed._SECONDS", 0.01)
 
 
 VAE, GAN, FLOW = "quick-vae-small.toml", "quick-gan-small.toml", "flow-matching-small.toml"
@@ -55,6 +57,7 @@ def finished(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr("trilemma.metrics.speed._SECONDS", 0.01)
         return run("all", [VAE, FLOW, "broken.toml"])
 
 
@@ -86,12 +89,28 @@ def test_failed_recipe_is_listed_and_does_not_lose_the_others(finished, folder):
     assert failed["error"] in (folder / "all" / "report.html").read_text().replace("&#39;", "'")
 
 
-def test_last_probe_is_the_probe_of_the_finished_model(finished, folder):
-    flow = finished["models"][1]
+@pytest.fixture
+def judge(folder):
     training = data.load("photos", multiple=8)
     held_out = data.load("photos", split="test", multiple=8)
-    judge = Judge(training, held_out, folder, n=50, features="pixels", seed=0, steps=[],
-                  device_name="cpu", screen=Console(quiet=True))  # fmt: skip
+    return Judge(training, held_out, folder, n=50, features="pixels", seed=0, steps=[],
+                 device_name="cpu", screen=Console(quiet=True))  # fmt: skip
+
+
+def test_model_timed_in_small_batches_is_timed_again_by_what_it_draws(finished, folder, judge):
+    judge.n = 60
+    trained = sampling.load(folder / "all" / finished["models"][0]["name"], "cpu")
+    slow = {"images_per_second": 1e-9, "batch": 4, "by_batch": {"4": 1e-9}, "calls": 1}
+    told = judge.full(trained, slow)
+    assert told["speed"]["batch"] == 60 and told["protocol"]["timed in"] == "batches of 60"
+    assert told["speed"]["images_per_second"] == told["speed"]["by_batch"]["60"] > 1e-9
+    assert told["speed"]["calls"] == 1 and "memory" in told["speed"]
+    judged = judge.full(trained, slow | {"batch": 128})
+    assert judged["scores"] == told["scores"] and judged["speed"]["images_per_second"] == 1e-9
+
+
+def test_last_probe_is_the_probe_of_the_finished_model(finished, folder, judge):
+    flow = finished["models"][1]
     again = judge.probe(sampling.load(folder / "all" / flow["name"], "cpu"))
     assert again["fd"] == pytest.approx(flow["probes"][-1]["fd"], rel=1e-6)
     assert again["coverage"] == flow["probes"][-1]["coverage"]
@@ -110,18 +129,123 @@ def test_finished_work_is_kept(finished, monkeypatch):
 
 
 def test_more_pictures_are_judged_without_training_again(finished, monkeypatch):
-    before = comparing.train
-    seen = []
+    def never(*_, **__):
+        raise AssertionError("trained or measured again")
 
-    def watched(*arguments, **options):
-        trained = before(*arguments, **options)
-        seen.append((options["resume"], trained.progress["seen"]))
-        return trained
-
-    monkeypatch.setattr(comparing, "train", watched)
+    monkeypatch.setattr(comparing, "train", never)
+    monkeypatch.setattr(Judge, "speed", never)
     more = run("all", [VAE], n=60)
-    assert seen == [(True, 32)] and more["request"]["n"] == 60
+    assert more["request"]["n"] == 60 and more["protocol"]["n"] == 60
     assert more["models"][0]["training"] == finished["models"][0]["training"]
+    assert more["models"][0]["speed"]["batch"] == 60  # that of the batches of 50 would not do
+
+
+LIGHT = {"probes": 0, "steps": ()}
+RATES = {"quick-vae-small": 1000.0, "flow-matching-small": 7.0}
+
+
+def at_rates(monkeypatch, rates):
+    """Let models of a comparison be as fast as told, and no model be scored by fewer than 50."""
+    monkeypatch.setattr("trilemma.foresight.FEWEST", 50)
+    measure, asked = Judge.speed, []
+
+    def speed(judge, trained):
+        asked.append(trained.name)
+        return measure(judge, trained) | {"images_per_second": rates[trained.name]}
+
+    monkeypatch.setattr(Judge, "speed", speed)
+    return asked
+
+
+def test_all_models_are_judged_by_what_the_slowest_draws_in_time(tmp_path, monkeypatch, capsys):
+    asked = at_rates(monkeypatch, RATES)
+    made = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=10.0, quiet=False, **LIGHT)
+    assert asked == list(RATES)
+    note = made["judging"]["note"]
+    assert note.startswith("Every model is judged by 70 pictures, not the 100 asked for: flow-ma")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(note) == 2  # before the judging, and with the scores
+    assert said.index(note) < said.index("1 of 2: judging")
+    assert made["request"]["n"] == 100 and made["protocol"]["n"] == 70
+    assert made["judging"]["bound"] == 10.0
+    assert made["judging"]["foreseen"]["flow-matching-small"] == pytest.approx(100 / 7)
+    assert made["protocol"]["shared"]["drawn"] == made["reference"]["n"] == 70
+    for model in made["models"]:
+        assert model["protocol"]["seeds"] == "0 to 69"
+        assert "--n 70" in model["commands"][2]["command"]
+    assert "--n 100 --judge-budget 10s" in made["commands"][0]["command"]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert note in page and "judged by 70 drawn pictures" in page
+
+    full = Judge.full
+    monkeypatch.setattr(Judge, "full", None)
+    again = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=10.0, **LIGHT)
+    assert again["models"] == made["models"] and asked == list(RATES), "all is kept"
+    monkeypatch.setattr(Judge, "full", full)
+    free = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=math.inf, **LIGHT)
+    assert free["judging"] == {**made["judging"], "bound": None, "note": ""}
+    assert {m["protocol"]["drawn"] for m in free["models"]} == {"100 pictures"}
+    assert "--judge-budget none" in free["commands"][0]["command"]
+
+
+def test_model_too_slow_to_be_judged_does_not_take_the_others_along(tmp_path, monkeypatch):
+    at_rates(monkeypatch, RATES | {"flow-matching-small": 1.0})
+    made = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=10.0, **LIGHT)
+    assert made["judging"]["note"] == "" and made["protocol"]["n"] == 100
+    (failed,) = made["failed"]
+    assert [m["name"] for m in made["models"]] == ["quick-vae-small"]
+    assert failed["name"] == "flow-matching-small" and failed["speed"]["images_per_second"] == 1.0
+    assert "--judge-budget 1m to judge every model by 50 pictures, or 2m to" in failed["error"]
+    assert failed["error"] in (tmp_path / "out" / "report.html").read_text("utf-8")
+    monkeypatch.setattr(comparing, "train", None)
+    made = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=60.0, **LIGHT)
+    assert len(made["models"]) == 2 and made["protocol"]["n"] == 60
+
+
+def test_judging_that_was_interrupted_goes_on_by_as_many_pictures(tmp_path, monkeypatch):
+    asked = at_rates(monkeypatch, RATES)
+    full = Judge.full
+
+    def stops(judge, trained, cost):
+        if trained.name == "flow-matching-small":
+            raise Interrupted("by Ctrl-C")
+        return full(judge, trained, cost)
+
+    monkeypatch.setattr(Judge, "full", stops)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=10.0, **LIGHT)
+    judged = []
+    monkeypatch.setattr(
+        Judge, "full", lambda j, t, c: (judged.append((t.name, j.n)), full(j, t, c))[1]
+    )
+    made = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=10.0, **LIGHT)
+    assert judged == [("flow-matching-small", 70)] and asked == list(RATES)
+    assert [m["protocol"]["drawn"] for m in made["models"]] == ["70 pictures"] * 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "asked", "bound", "n", "left_out"),
+    [({"a": 1000.0, "b": 1.9}, 2000, 600.0, 1100, []),  # the slow one draws 1,140 in time
+     ({"a": 1000.0, "b": 1.9}, 2000, 1100.0, 2000, []),
+     ({"a": 1000.0, "b": 0.3}, 2000, 600.0, 2000, ["b"]),  # it would draw 180
+     ({"a": 1000.0, "b": 0.3, "c": 2.0}, 2000, 600.0, 1200, ["b"]),
+     ({"a": 1000.0, "b": 0.3}, 2000, math.inf, 2000, []),
+     ({"a": 1000.0, "b": 0.3}, 100, 600.0, 100, []),  # fewer were asked for
+     ({"a": 0.3}, 2000, 600.0, 2000, ["a"]), ({}, 2000, 600.0, 2000, [])],
+)  # fmt: skip
+def test_what_is_foreseen(rates, asked, bound, n, left_out):
+    plan = foresight.plan(rates, asked, bound)
+    assert plan.n == n and list(plan.left_out) == left_out
+    assert bool(plan.note) == (n < asked)
+    assert json.loads(json.dumps(plan.told(), allow_nan=False))["asked"] == asked
+
+
+def test_drawing_may_take_as_long_as_training_or_some_minutes(finished, tmp_path, monkeypatch):
+    assert finished["judging"]["bound"] == 300.0
+    assert run("all", [VAE], judge_budget=40.0)["judging"]["bound"] == 40.0
+    monkeypatch.setattr("trilemma.foresight.LEAST", 0.0)
+    made = run(tmp_path / "out", equal="time", images=None, budget=0.5, **LIGHT)
+    assert made["judging"]["bound"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -206,6 +330,7 @@ def test_nothing_left_is_an_error(tmp_path):
     [([], {}, "name the recipes"), ([VAE, VAE], {}, "two recipes are called"),
      (["no-such"], {}, "no recipe 'no-such'"), ([VAE], {"n": 10}, "at least 50"),
      ([VAE], {"images": None}, "needs --images"), ([VAE], {"budget": 60.0}, "no --budget"),
+     ([VAE], {"judge_budget": 0.0}, "judge_budget is 0.0"),
      ([VAE], {"equal": "luck"}, "time or images"), ([VAE], {"features": "luck"}, "luck")],
 )  # fmt: skip
 def test_wrong_use_is_told(tmp_path, recipes, changes, told):

@@ -13,7 +13,7 @@ from trilemma.metrics.kernel import kernel_distance, mmd2
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.sliced import sliced_wasserstein
-from trilemma.metrics.speed import network_calls, peak_memory, speed
+from trilemma.metrics.speed import foresee, network_calls, peak_memory, speed
 
 TEN = list(range(10))
 
@@ -277,6 +277,41 @@ def test_speed_reports_what_drawing_costs(monkeypatch):
     assert cost["calls"] == 3 and cost["parameters"] == 20 + 10 and cost["batch"] == 64
     assert set(cost["by_batch"]) == {"1", "64"}
     assert cost["images_per_second"] == cost["by_batch"]["64"] > cost["by_batch"]["1"] > 0
+
+
+class Clock:
+    """A clock that stands still but for drawing: a batch of s pictures takes once + each * s."""
+
+    def __init__(self, once, each):
+        self.now, self.once, self.each, self.drawn = 0.0, once, each, []
+
+    def perf_counter(self):
+        return self.now
+
+    def draw(self, size):
+        self.drawn.append(size)
+        self.now += self.once + self.each * size
+
+
+@pytest.mark.parametrize(
+    ("once", "each", "batch"),
+    [(0.001, 0.0001, 128), (20.0, 0.01, 128), (0.5, 0.5, 32), (1.0, 7.0, 4), (0.0, 40.0, 1)],
+)
+def test_slow_models_are_timed_in_smaller_batches(monkeypatch, once, each, batch):
+    clock = Clock(once, each)
+    monkeypatch.setattr("trilemma.metrics.speed.time", clock)
+    cost = speed(Toy(), clock.draw, [1, 128], longest=30.0)
+    assert cost["batch"] == batch and set(cost["by_batch"]) == {"1", str(batch)}
+    assert cost["images_per_second"] == pytest.approx(batch / (once + each * batch))
+    if batch > 1:
+        assert foresee(clock.draw, torch.device("cpu"), 1e9) == pytest.approx((once, each))
+
+
+def test_speed_draws_no_more_than_it_needs(monkeypatch):
+    clock = Clock(0.5, 0.5)
+    monkeypatch.setattr("trilemma.metrics.speed.time", clock)
+    speed(Toy(), clock.draw, [1, 128], longest=30.0)
+    assert sum(clock.drawn) < 80  # 40 seconds at two pictures a second
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():

@@ -103,6 +103,7 @@ def example(folder, count=3, failed=()):
                  "test_count": 2000, "label_names": columns, "columns": columns,
                  "sheet": {"path": "images/real.png", "alt": "60 real pictures"},
                  "sheet_note": "the same seeds for every model, a column for each class."},
+        "judging": {"asked": 2000, "bound": 300.0, "foreseen": {}, "note": ""},
         "protocol": {"distance": "FD-Lite0", "kernel": "KID-Lite0", "n": 2000,
                      "neighbour_note": "Near in the feature space of lite0.",
                      "shared": {"features": "lite0", "weights": "0123456789abcdef", "n": 2000}},
@@ -203,6 +204,16 @@ def test_every_number_is_in_the_table(tmp_path):
         assert text in said
     for protocol in ("0123456789abcdef", "dpmpp_2m"):
         assert protocol in said
+
+
+def test_fewer_pictures_than_asked_for_are_told(tmp_path):
+    made = example(tmp_path, 2)
+    assert "asked for" not in " ".join(Page(reports.render(made, tmp_path)).text)
+    made["judging"]["note"] = "Every model is judged by 700 pictures, not the 2,000 asked for."
+    made["protocol"]["n"] = 700
+    said = " ".join(Page(reports.render(made, tmp_path)).text)
+    assert made["judging"]["note"] in said and "judged by 700 drawn pictures" in said
+    assert "scoring 700 drawn pictures" in said and "distances too large and rough" in said
 
 
 def browse(page, width, script, folder):

@@ -1,8 +1,9 @@
 """Several recipes, the same pictures, one budget: which generator costs what.
 
-Every recipe is trained into its own run folder inside `out`, judged by the same protocol, and told
-of in one report. A comparison that was interrupted goes on where it was: finished trainings and
-finished scores are kept. A recipe that fails is listed with its error and does not lose the rest.
+Every recipe is trained into its own run folder inside `out`. When all are trained and their speeds
+are known, they are judged by the same protocol (`foresight` says by how many pictures), and told of
+in one report. A comparison that was interrupted goes on where it was: finished trainings, speeds
+and scores are kept. A recipe that fails is listed with its error and does not lose the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trilemma import __version__, checkpoint, device, recipe, report
+from trilemma import __version__, checkpoint, device, foresight, recipe, report, sampling
 from trilemma import data as pictures
 from trilemma.data import Dataset
 from trilemma.errors import UserError
@@ -31,10 +33,11 @@ from trilemma.model import DrawsEmbeddings, Generator, Matches, TellsClasses
 from trilemma.report import choice, commands, scales
 from trilemma.report.commands import Request
 from trilemma.sampling import Trained
+from trilemma.settings import Length, Progress
 from trilemma.training import facts, train
 
 STEPS = (5, 10, 20, 50)
-_OWN_FOLDERS = ("images", "scores")
+_OWN_FOLDERS = ("images", "scores", "speeds")
 _FROM_PICTURES = {
     "unpaired": ("translates pictures", "translate"),
     "shrunk": ("enlarges pictures", "upscale"),
@@ -54,6 +57,7 @@ def compare(
     size: int | None = None,
     seed: int = 0,
     n: int = 2000,
+    judge_budget: float | None = None,
     features: str = "lite0",
     probes: int = 4,
     steps: Sequence[int] = STEPS,
@@ -76,6 +80,9 @@ def compare(
         size: height and width of the pictures; None keeps theirs where that can be.
         seed: of training and of the drawn pictures.
         n: pictures that each model draws to be judged.
+        judge_budget: seconds that a model may take to draw them; None for as long as the longest
+            training, 5 minutes at least; infinity for no bound. If the slowest would take longer,
+            all draw fewer; one that could not draw even 500 is not judged.
         features: what judges them, as for `evaluate`.
         probes: how often a model is scored while it trains, on fewer pictures.
         steps: numbers of steps at which models that draw in steps are scored.
@@ -94,6 +101,8 @@ def compare(
     out = Path(out)
     screen = Console(stderr=True, quiet=quiet, highlight=False)
     _check_length(equal, budget, images)
+    if judge_budget is not None and not judge_budget > 0:
+        raise UserError(f"judge_budget is {judge_budget}; expected seconds above 0, or infinity")
     specs = _specs(recipes, overrides)
     multiple = math.lcm(*(spec.get("data", {}).get("multiple", 1) for spec in specs.values()))
     training = pictures.load(data, split="train", size=size, multiple=multiple)
@@ -110,27 +119,21 @@ def compare(
         if not (out / name / "recipe.toml").exists():  # else it holds what it uses
             recipe.resolve(spec, facts(training))  # a run that is not there is told of at once
     _agree(out, request)
-    models, failed = [], []
-    for place, (name, spec) in enumerate(specs.items()):
-        try:
-            key = {"recipe": spec, "protocol": judge.protocol}
-            entry = _kept(out, name, key)
-            if entry is None:
-                screen.print(f"[bold]{name}[/], {place + 1} of {len(specs)}: training")
-                trained = _trained(
-                    recipes[place], out / name, training, request, judge, probes, device_name, quiet
-                )
-                screen.print(f"[bold]{name}[/], {place + 1} of {len(specs)}: judging")
-                judged = judge.full(trained)
-                shown = _probes(trained, judged.pop("quick")) if probes else []
-                entry = {**_facts(trained), **judged, "probes": shown}
-                _write(out / "scores" / f"{name}.json", {"key": key, "entry": entry})
-            models.append(
-                entry | {"commands": commands.of_model(name, recipes[place], request, n, out)}
-            )
-        except Exception as error:
-            failed.append({"name": name, "error": _told(error, out / f"{name}-error.txt")})
-            screen.print(f"{name} failed: {failed[-1]['error']}", style="red", markup=False)
+    work = _Work(
+        specs, dict(zip(specs, recipes, strict=True)), training, request, judge, out, probes,
+        device_name, quiet, screen,
+    )  # fmt: skip
+    measured = work.measured()
+    rates = {name: each["speed"]["images_per_second"] for name, each in measured.items()}
+    longest = budget or max((each["seconds"] for each in measured.values()), default=0.0)
+    plan = foresight.plan(rates, n, judge_budget or max(foresight.LEAST, longest))
+    judge.n = plan.n
+    if plan.note:
+        screen.print(plan.note, markup=False)
+    for name, reason in plan.left_out.items():
+        work.failed.append({"name": name, "error": reason, "speed": measured.pop(name)["speed"]})
+        screen.print(f"{name} is {reason}", style="red", markup=False)
+    models, failed = work.judged(measured), work.failed
     if not models:
         raise UserError(f"no recipe came to an end; {failed[0]['name']}: {failed[0]['error']}")
     made: dict[str, Any] = {
@@ -141,16 +144,19 @@ def compare(
         "request": {**asdict(request), "recipes": list(specs), "n": n, "probe_n": judge.probe_n},
         "machine": _machine(device_name),
         "data": judge.data(),
+        "judging": plan.told(),
         "protocol": judge.told(),
         "reference": judge.reference(),
         "models": models,
         "failed": failed,
-        "commands": [commands.again(recipes, request, n, out)],
+        "commands": [commands.again(recipes, request, n, judge_budget, out)],
     }
     made["choice"] = choice.choose(made)
     made["title"] = choice.headline(made["choice"], models, Path(training.name).name)
     page = report.write(made, out)
     screen.print(summary(made))
+    if plan.note:
+        screen.print(plan.note, markup=False)
     screen.print(f"the report: {page}", soft_wrap=True)
     return made
 
@@ -180,7 +186,10 @@ def summary(made: dict[str, Any]) -> Table:
         style="dim",
     )  # fmt: skip
     for entry in made["failed"]:
-        table.add_row(entry["name"], "failed", "", "", style="red")
+        cells = ["failed", "", ""]
+        if "speed" in entry:
+            cells = ["not judged", "", scales.number(entry["speed"]["images_per_second"])]
+        table.add_row(entry["name"], *cells, style="red")
     return table
 
 
@@ -266,58 +275,141 @@ def _write(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _kept(out: Path, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a model's finished entry, if it was made from this recipe by this protocol."""
-    path = out / "scores" / f"{name}.json"
+def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what an earlier call has found out and written to `path`, if by the same key."""
     if not path.exists():
         return None
     kept = json.loads(path.read_text("utf-8"))
-    entry = kept["entry"]
-    whole = all((out / entry[sheet]["path"]).exists() for sheet in ("sheet", "neighbours"))
-    return entry if whole and kept["key"] == json.loads(json.dumps(key)) else None
+    return kept["entry"] if kept["key"] == json.loads(json.dumps(key)) else None
 
 
-def _trained(
-    given: str,
-    folder: Path,
-    training: Dataset,
-    request: Request,
-    judge: Judge,
-    probes: int,
-    device_name: str | None,
-    quiet: bool,
-) -> Trained:
-    """Train a recipe to the end of its budget, or go on with it; a finished one is only loaded."""
+def _has_sheets(out: Path, entry: dict[str, Any]) -> bool:
+    """Say whether the sheets of a judged model are there."""
+    return all((out / entry[sheet]["path"]).exists() for sheet in ("sheet", "neighbours"))
+
+
+@dataclass
+class _Work:
+    """Each recipe's way to its entry in the report; what is done is kept in files (`_kept`).
+
+    Attributes:
+        specs: the recipes by name, and `given` as they were named or where their files are.
+        failed: the models that did not come to an end, and why.
+    """
+
+    specs: dict[str, recipe.Recipe]
+    given: dict[str, str]
+    training: Dataset
+    request: Request
+    judge: Judge
+    out: Path
+    probes: int
+    device_name: str | None
+    quiet: bool
+    screen: Console
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """Train all; return each one's `speed`, and the `seconds` it was trained for."""
+        found = {}
+        for name, spec in self.specs.items():
+            with self._listed(name):
+                path, key = self.out / "speeds" / f"{name}.json", {"recipe": spec}
+                each = _kept(path, key)
+                if each is None:
+                    trained = self._trained(name)
+                    seconds = trained.progress["elapsed"]
+                    each = {"seconds": seconds, "speed": self.judge.speed(trained)}
+                    _write(path, {"key": key, "entry": each})
+                found[name] = each
+        return found
+
+    def judged(self, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Judge the models of which `measured` tells; return their entries in the report."""
+        found = []
+        for name, each in measured.items():
+            with self._listed(name):
+                path = self.out / "scores" / f"{name}.json"
+                key = {"recipe": self.specs[name], "protocol": self.judge.protocol}
+                entry = _kept(path, key)
+                if entry is None or not _has_sheets(self.out, entry):
+                    trained = self._loaded(name)
+                    self._tell(name, "judging")
+                    judged = self.judge.full(trained, each["speed"])
+                    probes = _probes(trained, judged.pop("quick")) if self.probes else []
+                    entry = {**_facts(trained), **judged, "probes": probes}
+                    _write(path, {"key": key, "entry": entry})
+                given, n = self.given[name], self.judge.n
+                onward = commands.of_model(name, given, self.request, n, self.out)
+                found.append(entry | {"commands": onward})
+        return found
+
+    def _loaded(self, name: str) -> Trained:
+        folder = self.out / name
+        if _done(folder, self.request):
+            return sampling.load(folder, self.device_name)
+        return self._trained(name)
+
+    def _trained(self, name: str) -> Trained:
+        """Train a recipe to the end of its budget, or go on with it."""
+        folder, request = self.out / name, self.request
+        _done(folder, request)  # refuses a run of another length
+
+        def probe(model: Trained, elapsed: float) -> dict[str, Any]:
+            seen = model.progress["seen"]
+            if elapsed >= (request.budget or math.inf) or seen >= (request.images or math.inf):
+                return {"skipped": "the model is finished; it is scored with the others"}
+            return self.judge.probe(model)
+
+        self._tell(name, "training")
+        return train(
+            self.given[name],
+            self.training,
+            out=folder,
+            budget=request.budget,
+            images=request.images,
+            seed=request.seed,
+            overrides=request.overrides,
+            resume=(folder / "training").exists(),
+            device_name=self.device_name,
+            probe=probe,
+            probes=self.probes,
+            quiet=self.quiet,
+        )
+
+    def _tell(self, name: str, what: str) -> None:
+        place = list(self.specs).index(name) + 1
+        self.screen.print(f"[bold]{name}[/], {place} of {len(self.specs)}: {what}")
+
+    @contextmanager
+    def _listed(self, name: str) -> Iterator[None]:
+        """Let a model's error lose that model alone: it is told of in the report."""
+        try:
+            yield
+        except Exception as error:
+            told = _told(error, self.out / f"{name}-error.txt")
+            self.failed.append({"name": name, "error": told})
+            self.screen.print(f"{name} failed: {told}", style="red", markup=False)
+
+
+def _done(folder: Path, request: Request) -> bool:
+    """Say whether a run has come to the end of its budget.
+
+    Raises:
+        UserError: it was trained on, to another length than the others.
+    """
     saved = folder / "model.safetensors"
-    if saved.exists():
-        length = checkpoint.read(saved)[1]["recipe"]["run"]["length"]
-        if length not in ({"seconds": request.budget}, {"images": request.images}):
-            told = ", ".join(f"{value:g} {unit}" for unit, value in length.items())
-            raise UserError(
-                f"{folder} was trained on to {told}, which is not what the others had; move it "
-                f"away to train it anew, or compare in another --out"
-            )
-
-    def probe(model: Trained, elapsed: float) -> dict[str, Any]:
-        seen = model.progress["seen"]
-        if elapsed >= (request.budget or math.inf) or seen >= (request.images or math.inf):
-            return {"skipped": "the model is finished; it is scored with the others"}
-        return judge.probe(model)
-
-    return train(
-        given,
-        training,
-        out=folder,
-        budget=request.budget,
-        images=request.images,
-        seed=request.seed,
-        overrides=request.overrides,
-        resume=(folder / "training").exists(),
-        device_name=device_name,
-        probe=probe,
-        probes=probes,
-        quiet=quiet,
-    )
+    if not saved.exists():
+        return False
+    facts = checkpoint.read(saved)[1]
+    length = facts["recipe"]["run"]["length"]
+    if length not in ({"seconds": request.budget}, {"images": request.images}):
+        told = ", ".join(f"{value:g} {unit}" for unit, value in length.items())
+        raise UserError(
+            f"{folder} was trained on to {told}, which is not what the others had; move it "
+            f"away to train it anew, or compare in another --out"
+        )
+    return Length(**length).done(Progress(**facts["progress"])) >= 1.0
 
 
 def _told(error: Exception, path: Path) -> str:

@@ -64,6 +64,18 @@ def captioned(
     return sheet
 
 
+def stacked(sheets: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Lay out sheets of any sizes one below the other on white, `gap` pixels apart."""
+    width = max(sheet.width for sheet in sheets)
+    height = sum(sheet.height + gap for sheet in sheets) - gap
+    whole = Image.new(sheets[0].mode, (width, height), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + gap
+    return whole
+
+
 def save(
     trained: Trained,
     n: int,

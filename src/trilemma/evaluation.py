@@ -133,7 +133,13 @@ def evaluate(
             data = pictures.load(data, split=split, size=height, channels=channels)
         if isinstance(data, Dataset):
             result["likelihood"] = likelihood(what, data, bits)
-    return result | {"protocol": protocol, "warnings": _warnings(protocol, n, scores)}
+    warnings = _warnings(protocol, n, scores)
+    if isinstance(what, Trained) and what.data.get("buckets"):
+        warnings.append(
+            f"{what.name} learned from pictures near their own proportions (data.buckets); the "
+            "scores are of squares that it draws, against squares cut out of the real ones"
+        )
+    return result | {"protocol": protocol, "warnings": warnings}
 
 
 def score(drawn: Features, real: Reference, *, seed: int = 0) -> dict[str, float]:
@@ -362,7 +368,10 @@ def _real(
     else:
         channels, height, width = shape
         if height != width:
-            raise UserError(f"the drawn images are {width}x{height}; expected squares, as data is")
+            raise UserError(
+                f"the drawn images are {width}x{height}; expected squares, as are cut out of the "
+                "real ones"
+            )
         loaded = {
             part: pictures.load(data, split=part, size=height, channels=channels)
             for part in {split, "train", "test"}

@@ -13,9 +13,11 @@ Everything is a score of `trilemma.metrics` on the features of one extractor. Wh
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +36,7 @@ from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.reference import Reference
-from trilemma.metrics.speed import network_calls, speed
+from trilemma.metrics.speed import foresee, network_calls, peak_memory, speed
 from trilemma.model import Generator
 from trilemma.report import sheets
 from trilemma.report.tables import share
@@ -43,6 +45,7 @@ from trilemma.sampling import Trained
 PROBE_N = 500
 PARTS = 5
 PATIENCE = 60.0  # seconds that drawing for one quick score may take
+LONGEST = 30.0  # seconds that drawing one batch may take when speed is measured
 BATCH = 128
 ROWS = 6  # of a sample sheet
 PAIRS, NEAR = 5, 4  # drawn pictures with their nearest training pictures
@@ -56,7 +59,7 @@ class Judge:
         training: the pictures that the models learn from.
         held_out: the pictures that they are judged by.
         folder: where sheets of pictures are put, under `images/`.
-        n: pictures each model draws.
+        n: pictures each model draws; it can be made smaller (`foresight`), not below `probe_n`.
         features: names the extractor.
         seed: of the first drawn picture; picture i has seed + i.
         steps: numbers of steps to score a model at that draws in steps.
@@ -91,14 +94,18 @@ class Judge:
         self.n, self.seed, self.steps, self.screen = n, seed, list(steps), screen
         self.probe_n = min(PROBE_N, n, len(held_out))
         self.see = extractor(features, device_name)
-        self.protocol = {
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a model's scores depend on, but for the model."""
+        return {
             **self.see.protocol,
-            "training": training.fingerprint,
-            "held_out": held_out.fingerprint,
-            "n": n,
+            "training": self.training.fingerprint,
+            "held_out": self.held_out.fingerprint,
+            "n": self.n,
             "probe_n": self.probe_n,
             "steps": self.steps,
-            "seed": seed,
+            "seed": self.seed,
         }
 
     @cached_property
@@ -121,11 +128,9 @@ class Judge:
 
     def probe(self, trained: Trained) -> dict[str, Any]:
         """Return quick scores, or `skipped` and why when drawing would take too long."""
-        trained.sample(1, seed=self.seed)  # what happens once only, such as compiling
-        start = time.perf_counter()
-        first = min(32, self.probe_n)
-        trained.sample(first, seed=self.seed)
-        needed = (time.perf_counter() - start) * self.probe_n / first
+        where = next(trained.model.parameters()).device
+        once, each = foresee(lambda size: trained.sample(size, seed=self.seed), where, PATIENCE)
+        needed = math.ceil(self.probe_n / BATCH) * once + self.probe_n * each
         if needed > PATIENCE:
             return {"skipped": f"drawing {self.probe_n} pictures would take {needed:.0f} s"}
         drawn = trained.sample(self.probe_n, seed=self.seed, batch=BATCH)
@@ -139,18 +144,21 @@ class Judge:
         distance = frechet_distance(statistics(drawn), few.statistics)
         return {"fd": distance, "recall": recall, "coverage": coverage}
 
-    def full(self, trained: Trained) -> dict[str, Any]:
-        """Return all that the report tells of a trained model, but for its training."""
+    def speed(self, trained: Trained) -> dict[str, Any]:
+        """Measure what drawing costs (`metrics.speed.speed`), of slow models in smaller batches."""
+
+        def draw(size: int) -> Tensor:
+            return trained.sample(size, seed=self.seed, batch=size)
+
+        return speed(trained.model, draw, sorted({1, min(BATCH, self.n)}), LONGEST)
+
+    def full(self, trained: Trained, cost: dict[str, Any]) -> dict[str, Any]:
+        """Return all that the report tells of a model but its training.
+
+        `cost` is what drawing costs by `speed`.
+        """
         name = trained.name
-        batches = track(
-            trained.batches(self.n, seed=self.seed, batch=BATCH),
-            "drawing",
-            total=-(-self.n // BATCH),
-            console=self.screen,
-            transient=True,
-            disable=not self.screen.is_terminal,
-        )
-        drawn = torch.cat(list(batches))
+        drawn, cost = self._drawn(trained, cost)
         seen = self.see(drawn)
         quick = self._quick(seen.pooled[: self.probe_n])
         scores = score(seen, self._real)
@@ -160,12 +168,6 @@ class Judge:
         sheet, near = f"images/{name}.png", f"images/{name}-neighbours.png"
         sheets.save(drawn[: columns * ROWS], columns, self.folder / sheet)
         self._save_neighbours(drawn, seen.pooled, self.folder / near)
-        count = min(BATCH, self.n)
-        cost = speed(
-            trained.model,
-            lambda size: trained.sample(size, seed=self.seed, batch=size),
-            sorted({1, count}),
-        )
         labels = "each class in turn" if trained.conditional else "none"
         return {
             "scores": scores,
@@ -190,10 +192,38 @@ class Judge:
                 "seeds": f"{self.seed} to {self.seed + self.n - 1}",
                 "labels": labels,
                 **trained.options({}),
-                "timed in": f"batches of {count}",
+                "timed in": f"batches of {cost['batch']}",
                 "weights": f"averaged, after {trained.progress['seen']:,} pictures",
             },
         }
+
+    def _drawn(self, trained: Trained, cost: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Draw the pictures to judge by; return them, and what drawing costs.
+
+        Of a model so slow that its speed was measured in smaller batches, these are timed.
+        """
+        size = min(BATCH, self.n)
+        batches = iter(
+            track(
+                trained.batches(self.n, seed=self.seed, batch=size),
+                "drawing",
+                total=-(-self.n // size),
+                console=self.screen,
+                transient=True,
+                disable=not self.screen.is_terminal,
+            )
+        )
+        if cost["batch"] >= size:
+            return torch.cat(list(batches)), cost
+        parts: list[Tensor] = []
+        where = next(trained.model.parameters()).device
+        start = time.perf_counter()
+        memory = peak_memory(lambda: parts.append(next(batches)), where)
+        parts += islice(batches, self.n // size - 1)  # what is left is no whole batch
+        rate = size * len(parts) / (time.perf_counter() - start)
+        by_batch = {**cost["by_batch"], str(size): rate}
+        timed = {"images_per_second": rate, "batch": size, "by_batch": by_batch, "memory": memory}
+        return torch.cat([*parts, *batches]), {**cost, **timed}
 
     def _noise(self, drawn: Tensor) -> dict[str, float]:
         """Return the standard errors of the scores that a choice rests on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from trilemma import __version__, adapters, checkpoint, device, recipe
 from trilemma.conditioning import reads_text
 from trilemma.data import Dataset
+from trilemma.data.buckets import Size
 from trilemma.errors import UserError
 from trilemma.model import Model, Phase
 from trilemma.networks import lora
@@ -44,6 +46,7 @@ class Run:
         rank: this process; the first writes the files.
         attribute_shares: share of the training pictures that has each attribute.
         captions: some of the pictures', where the model reads them.
+        buckets: heights and widths it learns from (`data.buckets`), the most frequent first.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Run:
         out: Path,
         rank: int,
         where: torch.device,
+        buckets: Sequence[Size] = (),
     ) -> None:
         self.model, self.spec, self.settings, self.length = model, spec, settings, length
         self.data, self.out, self.rank, self.where = data, out, rank, where
@@ -63,6 +67,7 @@ class Run:
         have = data.attributes
         self.attribute_shares = [] if have is None else have.mean(0).tolist()
         self.captions = captions(data) if reads_text(model) else []
+        self.buckets = list(map(list, buckets))
         spec["run"]["length"] = {k: v for k, v in asdict(length).items() if v is not None}
         self.progress = Progress()
         try:
@@ -134,6 +139,7 @@ class Run:
             "attribute_names": data.attribute_names,
             "attribute_shares": self.attribute_shares,
             "captions": self.captions,
+            "buckets": self.buckets,
         }
 
     def write_recipe(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from trilemma import (
@@ -143,7 +144,7 @@ def train(
 
     torch.manual_seed(seed)
     model: Model = recipe.build(spec["model"])
-    sets = [data]
+    sets, sizes = [data], []
     if asks.get("buckets"):
         if not model.any_size or isinstance(source, Dataset) or (tuning and tuning.preserve):
             raise UserError(
@@ -157,6 +158,7 @@ def train(
             channels=data.shape[0],
             captions=asks.get("captions", ()),
         )
+        sizes = [each.shape[1:] for each in sorted(sets, key=len, reverse=True)]
     if reads_text(model) and not any(data.text or ()):
         raise UserError(
             f"{Path(name).stem} learns to draw by captions and {data.name} has none; expected "
@@ -178,7 +180,7 @@ def train(
             measure(model, data)
     device.prepare(model, where, device.dtype(settings.precision, where))
     at_most = length or Length(images=settings.images)
-    run = Run(model, spec, settings, at_most, data, out, rank, where)
+    run = Run(model, spec, settings, at_most, data, out, rank, where, sizes)
     if resume:
         notes += run.restore(keep_length=length is None)
     elif (out / "training").exists():
@@ -454,14 +456,25 @@ def _draw_grid(run: Run) -> None:
     elif not trained.draws:
         sheet = edit.sheet(trained, run.data)
     else:
-        n = 100 if trained.conditional else 64
-        columns, texts = (10 if trained.conditional else 8), trained.texts(n, None)
-        images = trained.sample(n)
-        if texts is not None:
-            sheet = drawing.captioned(images, texts, columns)
-        else:
-            sheet = drawing.grid(images, columns)
+        sheet = _sheet(trained)
     sheet.save(folder / f"{run.progress.seen:09d}.png")
+
+
+def _sheet(trained: Trained) -> Image.Image:
+    """Lay out pictures of fixed seeds; of buckets, rows of each size, the most frequent first."""
+    columns = 10 if trained.conditional else 8
+    sizes = trained.data["buckets"][:columns] or [trained.data["shape"][1:]]
+    n = columns * (columns // len(sizes))
+    parts = []
+    for height, width in sizes:
+        size = [height, width] if trained.data["buckets"] else None
+        images, texts = trained.sample(n, size=size), trained.texts(n, None)
+        if texts is None:
+            parts.append(drawing.grid(images, columns))
+        else:
+            least = 96 * width // trained.data["shape"][2]
+            parts.append(drawing.captioned(images, texts, columns, least))
+    return drawing.stacked(parts)
 
 
 @contextmanager

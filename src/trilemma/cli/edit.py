@@ -29,6 +29,33 @@ from trilemma.cli.shared import (
 from trilemma.errors import UserError
 
 
+def _save(
+    trained: Any,
+    made: Any,
+    out: Path,
+    facts: dict[str, Any],
+    as_json: bool,
+    before: Any = None,
+    after: Any = None,
+) -> None:
+    """Write what was made of each picture, (N, n, C, H, W), and tell of it.
+
+    A row of the sheet is what was made of one, with its picture of `before` and of `after` beside
+    it, (N, C, H, W).
+    """
+    import torch
+
+    from trilemma import drawing, edit
+
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=made.shape[1])
+    if before is not None or after is not None:
+        columns = (before, made, after)
+        shown = [each if each is made else each[:, None] for each in columns if each is not None]
+        rows = torch.cat(shown, 1)[:16]
+        drawing.grid(rows.flatten(0, 1), rows.shape[1]).save(paths[-1])
+    wrote(paths, as_json)
+
+
 @edit_app.command("reconstruct")
 def edit_reconstruct(
     run: Run, pictures: Pictures, out: OutFolder, device: Device = None, as_json: Json = False
@@ -66,7 +93,7 @@ def edit_interpolate(
     (names, images), (others, targets) = read(trained, first), read(trained, second)
     made = edit.interpolate(trained, images, targets, steps, path, track)
     facts = {"edit": "interpolate", "path": path, "first": names, "second": others}
-    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=steps), as_json)
+    _save(trained, made, out, facts, as_json)
 
 
 @edit_app.command("arithmetic")
@@ -114,9 +141,7 @@ def edit_complete(
 
     A row of the sheet is the given part, its completions, and the original.
     """
-    import torch
-
-    from trilemma import drawing, edit, sampling
+    from trilemma import edit, sampling
 
     share = upper_part(keep)
     trained = sampling.load(run, device)
@@ -125,12 +150,9 @@ def edit_complete(
     made = edit.complete(trained, images, share, n, seed=seed, label=label, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "complete", "pictures": names, "keep": share, "seed": seed}
     facts |= {"label": label, "sample": trained.options(chosen)}
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = images.clone()
     given[:, :, round(share * images.shape[2]) :] = 128
-    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
-    wrote(paths, as_json)
+    _save(trained, made, out, facts, as_json, before=given, after=images)
 
 
 @edit_app.command("denoise")
@@ -222,27 +244,17 @@ def edit_vary(
 
     A row of the sheet is the picture and its variations.
     """
-    import torch
-
-    from trilemma import drawing, edit, redraw
+    from trilemma import redraw
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen: dict[str, Any] = {
-        "steps": steps,
-        "solver": solver,
-        "guidance": guidance,
-        "negative": negative,
-    }
-    chosen |= options(option or [])
+    chosen: dict[str, Any] = {"steps": steps, "solver": solver, "guidance": guidance}
+    chosen |= {"negative": negative, **options(option or [])}
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.vary(trained, images, strength, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "vary", "pictures": names, "strength": strength, "seed": seed}
     facts |= {**said, "sample": redraw.told(trained, chosen, **said)}
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
-    rows = torch.cat([images[:, None], made], 1)[:16]
-    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
-    wrote(paths, as_json)
+    _save(trained, made, out, facts, as_json, before=images)
 
 
 @edit_app.command("inpaint")
@@ -276,27 +288,19 @@ def edit_inpaint(
     """
     import torch
 
-    from trilemma import drawing, edit, redraw
+    from trilemma import redraw
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
     hidden = redraw.read_mask(mask, pictures, images.shape[2])
-    chosen: dict[str, Any] = {
-        "steps": steps,
-        "resample": resample,
-        "guidance": guidance,
-        "negative": negative,
-    }
-    chosen |= options(option or [])
+    chosen: dict[str, Any] = {"steps": steps, "resample": resample, "guidance": guidance}
+    chosen |= {"negative": negative, **options(option or [])}
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.inpaint(trained, images, hidden, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "inpaint", "pictures": names, "mask": str(mask), "seed": seed}
     facts |= {**said, "sample": redraw.told(trained, chosen, **said, verb="inpaint")}
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = torch.where(hidden, 128, images)
-    rows = torch.cat([given[:, None], made, images[:, None]], 1)[:16]
-    drawing.grid(rows.flatten(0, 1), n + 2).save(paths[-1])
-    wrote(paths, as_json)
+    _save(trained, made, out, facts, as_json, before=given, after=images)
 
 
 @edit_app.command("outpaint")
@@ -325,13 +329,8 @@ def edit_outpaint(
 
     trained = _loaded(run, device)
     names, images = read(trained, pictures)
-    chosen: dict[str, Any] = {
-        "steps": steps,
-        "resample": resample,
-        "guidance": guidance,
-        "negative": negative,
-    }
-    chosen |= options(option or [])
+    chosen: dict[str, Any] = {"steps": steps, "resample": resample, "guidance": guidance}
+    chosen |= {"negative": negative, **options(option or [])}
     said: dict[str, Any] = {"label": label, "text": text or None}
     margins = (top, bottom, left, right)
     made = redraw.outpaint(trained, images, margins, n, seed=seed, **said, track=track, **chosen)
@@ -369,13 +368,8 @@ def edit_repair(
     trained = sampling.load(run, device)
     part = redraw.source(trained)
     names, sources = read(trained, pictures, part.shape)
-    chosen: dict[str, Any] = {
-        "steps": steps,
-        "solver": solver,
-        "guidance": guidance,
-        "negative": negative,
-    }
-    chosen |= options(option or [])
+    chosen: dict[str, Any] = {"steps": steps, "solver": solver, "guidance": guidance}
+    chosen |= {"negative": negative, **options(option or [])}
     said: dict[str, Any] = {"label": label, "text": text or None}
     made = redraw.repair(trained, sources, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
@@ -404,19 +398,14 @@ def edit_variations(
 
     A row of the sheet is the picture and its variations.
     """
-    import torch
-
-    from trilemma import drawing, edit, sampling, variation
+    from trilemma import sampling, variation
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
     chosen = {"steps": steps, "guidance": guidance, **options(option or [])}
     made = variation.variations(trained, images, n, seed=seed, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "variations", "pictures": names, "seed": seed}
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
-    rows = torch.cat([images[:, None], made], 1)[:16]
-    drawing.grid(rows.flatten(0, 1), n + 1).save(paths[-1])
-    wrote(paths, as_json)
+    _save(trained, made, out, facts, as_json, before=images)
 
 
 @edit_app.command("blend")
@@ -434,14 +423,14 @@ def edit_blend(
     as_json: Json = False,
 ) -> None:
     """Walk from each picture to another in CLIP's space, by unCLIP; a row of the sheet each."""
-    from trilemma import edit, sampling, variation
+    from trilemma import sampling, variation
 
     trained = sampling.load(run, device)
     (names, images), (others, targets) = read(trained, first), read(trained, second)
     chosen = {"steps": steps, "guidance": guidance, **options(option or [])}
     made = variation.blend(trained, images, targets, n, seed=seed, track=track, **chosen)
     facts = {"edit": "blend", "first": names, "second": others, "seed": seed}
-    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=n), as_json)
+    _save(trained, made, out, facts, as_json)
 
 
 @edit_app.command("change")
@@ -461,7 +450,7 @@ def edit_change(
     as_json: Json = False,
 ) -> None:
     """Change pictures by words, by unCLIP; a row of the sheet is the way from none to most."""
-    from trilemma import edit, sampling, variation
+    from trilemma import sampling, variation
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
@@ -471,4 +460,4 @@ def edit_change(
     )
     facts: dict[str, Any] = {"edit": "change", "pictures": names, "from": before, "to": after}
     facts |= {"strength": strength, "seed": seed}
-    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns=n), as_json)
+    _save(trained, made, out, facts, as_json)

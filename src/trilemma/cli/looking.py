@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,6 +204,14 @@ def compare(
     size: Size = None,
     seed: Seed = 0,
     n: Annotated[int, typer.Option("-n", "--n", min=50, help="Pictures each is judged by.")] = 2000,
+    judge_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Longest that a model may draw for that: 10m, or none. If the slowest would take "
+            "longer, all are judged by fewer pictures, and the report says so.",
+            show_default="as long as training, 5m at least",
+        ),
+    ] = None,
     probes: Annotated[int, typer.Option(min=0, help="Quick scores while a model trains.")] = 4,
     features: Features = "lite0",
     changes: Changes = None,
@@ -222,6 +231,7 @@ def compare(
         size=size,
         seed=seed,
         n=n,
+        judge_budget=_judge_budget(judge_budget),
         probes=probes,
         features=features,
         overrides=changes or (),
@@ -229,3 +239,10 @@ def compare(
     )
     if as_json:
         say(report)
+
+
+def _judge_budget(text: str | None) -> float | None:
+    """Read a length of time, or `none` as one without end."""
+    if text is None:
+        return None
+    return math.inf if text == "none" else duration(text)

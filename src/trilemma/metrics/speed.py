@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import time
 from collections import Counter
@@ -20,7 +21,10 @@ _SECONDS = 1.0  # a batch size is timed for at least so long
 
 
 def speed(
-    model: nn.Module, draw: Callable[[int], object], batch_sizes: Sequence[int] = (1, 128)
+    model: nn.Module,
+    draw: Callable[[int], object],
+    batch_sizes: Sequence[int] = (1, 128),
+    longest: float = math.inf,
 ) -> dict[str, Any]:
     """Measure what drawing costs.
 
@@ -28,6 +32,7 @@ def speed(
         model: the model that draws; its direct children are its networks.
         draw: draws that many images in one batch.
         batch_sizes: batches to time, each after one drawn to warm up.
+        longest: seconds that a batch may take: of a slow model, smaller ones are timed.
 
     Returns:
         `by_batch`: images per second for each batch size; `images_per_second`, `batch`: of the
@@ -39,11 +44,13 @@ def speed(
     where = next(model.parameters()).device
     with network_calls(model) as calls:
         draw(1)
-    largest = max(batch_sizes)
+    most = max(batch_sizes)
+    largest = most if longest == math.inf else _batch_within(longest, draw, most, where)
     memory = peak_memory(lambda: draw(largest), where)
     by_batch = {}
-    for size in batch_sizes:
-        draw(size)
+    for size in sorted({min(size, largest) for size in batch_sizes}):
+        if size not in (1, largest):  # these have been drawn
+            draw(size)
         synchronize(where)
         count, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < _SECONDS:
@@ -59,6 +66,38 @@ def speed(
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": memory,
     }
+
+
+def foresee(
+    draw: Callable[[int], object], where: torch.device, patience: float
+) -> tuple[float, float]:
+    """Return a and b in seconds: drawing a batch of s images takes about a + b s.
+
+    As a batch of 1 tells and one of 4, or of 2 where 4 might take more than `patience` seconds;
+    each is drawn twice, for the first time may take longer.
+    """
+
+    def seconds(size: int) -> float:
+        start = time.perf_counter()
+        draw(size)
+        synchronize(where)
+        return time.perf_counter() - start
+
+    one = min(seconds(1), seconds(1))
+    more = 4 if 4 * one <= patience else 2
+    each = max(0.0, min(seconds(more), seconds(more)) - one) / (more - 1)
+    return max(0.0, one - each), each
+
+
+def _batch_within(
+    longest: float, draw: Callable[[int], object], most: int, where: torch.device
+) -> int:
+    """Return `most`, or the largest power of two below that is foreseen to take `longest` s."""
+    once, each = foresee(draw, where, longest)
+    size = most
+    while size > 1 and once + size * each > longest:
+        size = 1 << ((size - 1).bit_length() - 1)
+    return size
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def render(report: Mapping[str, Any], folder: str | Path) -> str:
 
 
 def _lede(report: Mapping[str, Any]) -> str:
-    data, request = report["data"], report["request"]
+    data, request, n = report["data"], report["request"], report["protocol"]["n"]
     count = len(report["models"])
     words = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
     generators = f"{words[count] if count < 9 else count} generator{'' if count == 1 else 's'}"
@@ -86,8 +86,8 @@ def _lede(report: Mapping[str, Any]) -> str:
     each = "" if count == 1 else " each"
     return (
         f"{generators},{each} trained {length} with {data['count']:,} pictures of {data['name']}, "
-        f"then judged by {request['n']:,} drawn pictures against {data['test_count']:,} real ones "
-        f"that were held out."
+        f"then judged by {n:,} drawn pictures against {data['test_count']:,} real ones that were "
+        f"held out."
     )
 
 
@@ -150,7 +150,8 @@ def _judged(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "models": models,
         "axes": scales,
         "key_triangle": Markup(figures.triangle(scales, None, label=_key_text(scales))),
-        "n": f"{report['request']['n']:,}",
+        "n": f"{report['protocol']['n']:,}",
+        "fewer": report["judging"]["note"],
         "choices": choices,
         "sheets": sheets,
         "sheet_note": data["sheet_note"],
@@ -158,7 +159,7 @@ def _judged(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "neighbour_note": report["protocol"]["neighbour_note"],
         "charts": _charts(report),
         "alarms": alarms(report["models"]),
-        "few": min(report["request"]["n"], data["test_count"]) < FEW,
+        "few": min(report["protocol"]["n"], data["test_count"]) < FEW,
         "probe_n": f"{report['request']['probe_n']:,}",
         **_steps(report),
         "table": numbers(report),

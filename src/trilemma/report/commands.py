@@ -41,12 +41,17 @@ def _command(words: Sequence[str | Path], request: Request) -> str:
 
 def _training_options(request: Request, times: int) -> str:
     if request.budget is not None:
-        seconds = math.ceil(times * request.budget)
-        length = f"--budget {seconds // 60}m" if seconds % 60 == 0 else f"--budget {seconds}s"
+        length = f"--budget {_span(times * request.budget)}"
     else:
         length = f"--images {times * (request.images or 0)}"
     changes = "".join(f" --set {shlex.quote(change)}" for change in request.overrides)
     return f" --size {request.shape[1]} --seed {request.seed} {length}{changes}"
+
+
+def _span(seconds: float) -> str:
+    """Write a length of time as the command line reads it."""
+    seconds = math.ceil(seconds)
+    return f"{seconds // 60}m" if seconds % 60 == 0 else f"{seconds}s"
 
 
 def of_model(name: str, given: str, request: Request, n: int, out: Path) -> list[dict[str, str]]:
@@ -72,10 +77,15 @@ def of_model(name: str, given: str, request: Request, n: int, out: Path) -> list
     ]
 
 
-def again(recipes: Sequence[str], request: Request, n: int, out: Path) -> dict[str, str]:
+def again(
+    recipes: Sequence[str], request: Request, n: int, judge_budget: float | None, out: Path
+) -> dict[str, str]:
     """Return how to make the same comparison at greater length."""
-    equal = [] if request.equal == "time" else ["--equal", "images"]
-    words = ["compare", *recipes, *equal, "--n", str(n), "--out", f"{out}-longer"]
+    words = ["compare", *recipes, *(() if request.equal == "time" else ("--equal", "images"))]
+    words += ["--n", str(n)]
+    if judge_budget is not None:
+        words += ["--judge-budget", "none" if math.isinf(judge_budget) else _span(judge_budget)]
+    words += ["--out", f"{out}-longer"]
     options = _training_options(request, 10)
     return {
         "what": "The same comparison, ten times as long",
