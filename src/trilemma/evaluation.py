@@ -18,8 +18,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from trilemma import batching, device, retrieval, sampling
 from trilemma import data as pictures
-from trilemma import device, retrieval, sampling
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -316,23 +316,23 @@ def _images(
 def _draw(
     trained: Trained, n: int, seed: int, options: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    options = {"batch": BATCH} | {k: v for k, v in options.items() if v is not None}
+    options = {key: value for key, value in options.items() if value is not None}
     screen = Console(stderr=True)
-    size = min(options["batch"], n)
+    batches = track(
+        trained.batches(n, seed=seed, **options),
+        "drawing",
+        total=-(-n // options.get("batch", batching.LARGEST)),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
+    drawn = list(batches)
+    images, size = torch.cat(drawn), max(map(len, drawn))
     cost = speed(
         trained.model,
         lambda count: trained.sample(count, seed=seed, **(options | {"batch": count})),
         sorted({1, size}),
     )
-    batches = track(
-        trained.batches(n, seed=seed, **options),
-        "drawing",
-        total=-(-n // options["batch"]),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    )
-    images = torch.cat(list(batches))
     chosen = {key: value for key, value in options.items() if key not in ("batch", "label", "text")}
     label, labelled = options.get("label"), trained.conditional or options.get("classifier")
     sampling = {
