@@ -36,7 +36,8 @@ class Batching:
     def __init__(self, where: torch.device, given: int | None = None) -> None:
         self.where, self.given = where, given
         self.measures = given is None and where.type == "cpu"
-        self.size = given or (FEW if self.measures else LARGEST)
+        chosen = FEW if self.measures else LARGEST
+        self.size = chosen if given is None else given
 
     def draw(self, draw: Callable[[int], Tensor], left: int) -> Tensor | None:
         """Draw the next batch, of `left` pictures at most; None if it found no room.

@@ -18,8 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from trilemma import batching, device, retrieval, sampling
 from trilemma import data as pictures
+from trilemma import device, retrieval, sampling
+from trilemma.batching import LARGEST, Batching
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
@@ -317,21 +318,21 @@ def _draw(
     trained: Trained, n: int, seed: int, options: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     options = {key: value for key, value in options.items() if value is not None}
+    batching = Batching(next(trained.model.parameters()).device, options.get("batch"))
     screen = Console(stderr=True)
     batches = track(
-        trained.batches(n, seed=seed, **options),
+        trained.batches(n, seed=seed, **(options | {"batch": batching})),
         "drawing",
-        total=-(-n // options.get("batch", batching.LARGEST)),
+        total=-(-n // (options.get("batch") or LARGEST)),
         console=screen,
         transient=True,
         disable=not screen.is_terminal,
     )
-    drawn = list(batches)
-    images, size = torch.cat(drawn), max(map(len, drawn))
+    images = torch.cat(list(batches))
     cost = speed(
         trained.model,
         lambda count: trained.sample(count, seed=seed, **(options | {"batch": count})),
-        sorted({1, size}),
+        sorted({1, min(batching.size, n)}),
     )
     chosen = {key: value for key, value in options.items() if key not in ("batch", "label", "text")}
     label, labelled = options.get("label"), trained.conditional or options.get("classifier")

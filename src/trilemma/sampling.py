@@ -321,7 +321,7 @@ class Trained:
         label: str | int | None = None,
         attributes: Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
-        batch: int | None = None,
+        batch: int | Batching | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
         """Draw `n` images in batches, uint8 (B, C, H, W) on the CPU.
@@ -349,18 +349,19 @@ class Trained:
                 f"use trilemma edit repair {self.path} PICTURES --out DIR, "
                 "or edit inpaint for what a mask hides"
             )
-        if n < 1 or (batch is not None and batch < 1):
+        where = next(self.model.parameters()).device
+        batching = batch if isinstance(batch, Batching) else Batching(where, batch)
+        if n < 1 or batching.size < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
         options = self.opened(options)
         labels = self.labels(n, label, options.get("classifier"))
         texts = self.texts(n, text, options.get("clip"))
         chosen = self.arguments({**self.options(options), **options})
-        where = next(self.model.parameters()).device
         dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
         followed = ("guide", "classifier", "clip")
         by_gradients = any(options.get(name) is not None for name in followed)
         without = torch.no_grad if by_gradients else torch.inference_mode
-        start, batching = 0, Batching(where, batch)
+        start = 0
 
         def draw(count: int) -> Tensor:
             part = None if labels is None else labels[start : start + count].to(where)
