@@ -113,7 +113,7 @@ def main() -> None:
         axis.imshow(drawing.grid(images, 8), cmap="gray")
         axis.set(title=title, xticks=[], yticks=[])
     given.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(given.out / "finetuning.png", dpi=120)
+    figure.savefig(given.out / "finetuning.png", dpi=120, bbox_inches="tight")
     common.publish(
         f"{given.minutes:g} minutes of a core for each model, after {given.start:g} for the "
         f"starting run ({first.progress['seen']:,} images of kinds 0 to 7), {len(few)} pictures "
