@@ -108,7 +108,7 @@ def test_bands_hold_little_more_than_the_largest_map(monkeypatch):
     monkeypatch.setattr(kl_autoencoder, "BAND", 1 << 8)
     decoder = KLAutoencoder((16, 32), 1, groups=4, attention=False).decoder
     largest = 32 * 64**2 * 4
-    for decode, least, most in ((decoder.rest, 2, 4), (decoder.rest_in_bands, 1, 1.5)):
+    for decode, least, most in ((decoder.rest, 2, 4), (decoder.rest_in_bands, 1, 1.7)):
         with torch.no_grad(), Alive() as alive:
             decode(torch.randn(1, 32, 32, 32))
         assert least * largest < alive.most < most * largest

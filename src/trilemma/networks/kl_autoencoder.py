@@ -345,11 +345,13 @@ def activated(norm: GroupNorm, x: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """Return silu(norm(x)) as a function of rows of a map x, in bands, with its statistics."""
     count, channels = x[0].shape[:2]
     total = x[0].new_zeros(2, count, norm.groups, dtype=torch.float64)
-    for band in x:
-        part = band.float().reshape(count, norm.groups, -1)
-        variance, mean = torch.var_mean(part, dim=2, correction=0)
-        mean, variance = mean.double(), variance.double()
-        total += band.shape[2] * torch.stack([mean, variance + mean**2])
+    for band in x:  # two means; `torch.var_mean` takes five times as long on a CPU
+        part = band.float()
+        mean = part.mean((2, 3), keepdim=True)
+        variance = (part - mean).square_().mean((2, 3))
+        mean = mean.flatten(1).double()
+        moments = torch.stack([mean, variance + mean**2])  # (2, B, C)
+        total += band.shape[2] * moments.unflatten(2, (norm.groups, -1)).mean(3)
     mean, square = total / sum(band.shape[2] for band in x)
     told = torch.stack([mean, (square - mean**2 + norm.eps).rsqrt()]).float()
     mean, scale = told.repeat_interleave(channels // norm.groups, 2)  # (B, C) each
