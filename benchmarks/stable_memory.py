@@ -6,11 +6,14 @@ so that every weight has been read. Peak resident memory is that of the whole pr
 Python with our imports holds: shared with the system's file cache where weights are views of the
 file. Loading takes turns with reading the file, twice, from the cache.
 
-Decoding is of 128 x 128 latents in float32, at once and in bands, each in a process of its own; the
-largest difference of the two pictures is told.
+Decoding is of 128 x 128 latents, at once and in bands, each in a process of its own, in float32 or
+as checkpoints are drawn from where bfloat16 pays; the largest difference of the two pictures is
+told. The whole process is all that it holds: Python with our imports, weights of encoder and
+decoder, maps.
 
     python benchmarks/stable_memory.py --only load
     python benchmarks/stable_memory.py --only decode
+    python benchmarks/stable_memory.py --only decode --bfloat16
     python benchmarks/stable_memory.py --tiny       # does it run?
 """
 
@@ -28,7 +31,7 @@ import torch
 
 from trilemma import device
 from trilemma.networks.kl_autoencoder import KLAutoencoder
-from trilemma.networks.layers import Embedded
+from trilemma.networks.layers import Embedded, GroupNorm
 from trilemma.networks.spatial_unet import SpatialUNet
 from trilemma.stable import files, load, packing
 
@@ -67,14 +70,15 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def child(task: str, path: Path, tiny: bool) -> dict[str, float]:
+def child(task: str, path: Path, tiny: bool, half: bool = False) -> dict[str, float]:
     """Do one task in a process of its own; return what it told."""
     command = [sys.executable, __file__, "--task", task, "--path", str(path)]
-    done = subprocess.run(command + ["--tiny"] * tiny, capture_output=True, text=True, check=True)
+    command += ["--tiny"] * tiny + ["--bfloat16"] * half
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(task: str, path: Path, tiny: bool) -> dict[str, float]:
+def work(task: str, path: Path, tiny: bool, half: bool) -> dict[str, float]:
     before, start = peak(), time.perf_counter()
     if task == "read":
         with open(path, "rb") as file:
@@ -84,11 +88,17 @@ def work(task: str, path: Path, tiny: bool) -> dict[str, float]:
     with torch.inference_mode():
         if task in ("whole", "bands"):
             torch.manual_seed(0)
-            coder = KLAutoencoder().eval()
-            device.prepare(coder, WHERE, torch.float32)
+            kind = torch.bfloat16 if half else torch.float32
+            coder = KLAutoencoder().eval().to(kind)
+            for part in coder.modules():
+                if isinstance(part, GroupNorm):
+                    part.float()
+            device.prepare(coder, WHERE, kind)
             side = 16 if tiny else 128
+            latent = torch.randn(1, 4, side, side)
             before, start = peak(), time.perf_counter()
-            drawn = coder.decode(torch.randn(1, 4, side, side), task == "bands")
+            with device.autocast(kind, WHERE):
+                drawn = coder.decode(latent, task == "bands")
             seconds, most = time.perf_counter() - start, peak()
             np.save(path.with_name(f"{task}.npy"), drawn.numpy())
             return {"peak": most - before, "all": most, "seconds": seconds}
@@ -106,7 +116,7 @@ def work(task: str, path: Path, tiny: bool) -> dict[str, float]:
         return {"seconds": seconds, "loaded": loaded, "peak": peak() - before}
 
 
-def loaded(path: Path, tiny: bool) -> None:
+def loaded(path: Path, tiny: bool, half: bool) -> None:
     size = write(path, tiny)
     print(f"\n{size / 1e9:.2f} GB of float32 weights\n")
     print("| loaded as | s | s to read the file | peak when loaded / file | after use / file |")
@@ -129,11 +139,13 @@ def loaded(path: Path, tiny: bool) -> None:
     print(f"float32, target at most 1.3 times the time of reading: {said[1]}")
 
 
-def decoded(path: Path, tiny: bool) -> None:
-    print("\n| decoding 1024x1024, float32 | peak less weights, GB | whole process, GB | s |")
+def decoded(path: Path, tiny: bool, half: bool) -> None:
+    size = "128x128" if tiny else "1024x1024"
+    told = f"decoding {size}, {'bfloat16' if half else 'float32'}"
+    print(f"\n| {told} | peak less weights, GB | whole process, GB | s |")
     print("|---|---|---|---|")
     for task in ("whole", "bands"):
-        found = child(task, path, tiny)
+        found = child(task, path, tiny, half)
         held = f"{found['peak'] / 1e9:.2f} | {found['all'] / 1e9:.2f}"
         print(f"| {task} | {held} | {found['seconds']:.0f} |")
     whole, bands = (np.load(path.with_name(f"{task}.npy")) for task in ("whole", "bands"))
@@ -149,16 +161,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=PARTS, help="one part; both if not said")
     parser.add_argument("--tiny", action="store_true", help="a network of a tenth of the widths")
+    parser.add_argument("--bfloat16", action="store_true", help="decode in bfloat16")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, default=Path("-"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        print(json.dumps(work(args.task, args.path, args.tiny)))
+        print(json.dumps(work(args.task, args.path, args.tiny, args.bfloat16)))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name, part in PARTS.items():
             if args.only in (None, name):
-                part(Path(folder) / "diffusion_pytorch_model.safetensors", args.tiny)
+                part(Path(folder) / "diffusion_pytorch_model.safetensors", args.tiny, args.bfloat16)
 
 
 if __name__ == "__main__":

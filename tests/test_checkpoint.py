@@ -18,6 +18,16 @@ def test_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_a_tensor_of_two_names_is_written_once(tmp_path):
+    one = torch.randn(1000)
+    tensors = {"a": one, "b": one, "c": one.clone()}
+    checkpoint.write(tmp_path / "a", tensors, {})
+    assert 4 * 2000 < (tmp_path / "a").stat().st_size < 4 * 3000
+    read, facts = checkpoint.read(tmp_path / "a")
+    assert read.keys() == tensors.keys() and "shared" not in facts
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
 def test_optimizer_state_round_trip():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)

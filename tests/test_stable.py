@@ -2,10 +2,13 @@
 
 import json
 import pickle
+import weakref
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trilemma.diffusion.schedules import Quadratic
 from trilemma.errors import UserError
@@ -56,12 +59,15 @@ def test_times_lead_trail_and_spread():
         at.times("ddim", 1001)
 
 
-@pytest.mark.parametrize("size", [(24, 20), (9, 31)])
-def test_bands_change_nothing(monkeypatch, size):
-    """Decoded in bands, a picture is the same to 1e-5: no seams."""
+@pytest.mark.parametrize("channels", [(8, 16, 16), (16, 8, 8)])
+@pytest.mark.parametrize(
+    ("size", "rows"), [((24, 20), 1), ((24, 20), 6), ((9, 31), 4), ((3, 4), 9)]
+)
+def test_bands_change_nothing(monkeypatch, size, rows, channels):
+    """Decoded in bands, a picture is the same to 1e-5: no seams, whatever the bands' height."""
     torch.manual_seed(0)
-    monkeypatch.setattr(kl_autoencoder, "BAND", 100)
-    coder = KLAutoencoder((8, 16, 16), 1, groups=4).eval()
+    monkeypatch.setattr(kl_autoencoder, "BAND", rows * size[1] * 16)
+    coder = KLAutoencoder(channels, 1, groups=4).eval()
     for norm in coder.modules():
         if isinstance(norm, GroupNorm):
             torch.nn.init.normal_(norm.weight)
@@ -71,6 +77,41 @@ def test_bands_change_nothing(monkeypatch, size):
         whole, bands = coder.decode(latent), coder.decode(latent, bands=True)
     assert whole.shape == (2, 3, 4 * size[0], 4 * size[1])
     assert (whole - bands).abs().max() < 1e-5 * whole.abs().max()
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of results that are alive at once; `most` of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.now, self.most = Counter(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            storage = made.untyped_storage()
+            place, size = storage.data_ptr(), storage.nbytes()
+            if not self.tensors[place]:
+                self.now += size
+                self.most = max(self.most, self.now)
+            self.tensors[place] += 1
+            weakref.finalize(made, self.gone, place, size)
+        return made
+
+    def gone(self, place, size):
+        self.tensors[place] -= 1
+        if not self.tensors[place]:
+            self.now -= size
+
+
+def test_bands_hold_little_more_than_the_largest_map(monkeypatch):
+    monkeypatch.setattr(kl_autoencoder, "BAND", 1 << 8)
+    decoder = KLAutoencoder((16, 32), 1, groups=4, attention=False).decoder
+    largest = 32 * 64**2 * 4
+    for decode, least, most in ((decoder.rest, 2, 4), (decoder.rest_in_bands, 1, 1.7)):
+        with torch.no_grad(), Alive() as alive:
+            decode(torch.randn(1, 32, 32, 32))
+        assert least * largest < alive.most < most * largest
 
 
 def test_weights_are_views_of_the_file(tmp_path):

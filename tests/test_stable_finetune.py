@@ -12,7 +12,8 @@ from trilemma.errors import Interrupted, UserError
 from trilemma.networks import lora
 from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.stable import finetune, flux, sd3
-from trilemma.stable.finetune import LORA_FILE, Cache, Tuning, order
+from trilemma.stable.finetune import LORA_FILE, Tuning, order
+from trilemma.stable.tunable import Cache
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -355,8 +356,8 @@ def test_all_weights_of_stable_diffusion_learn_and_diffusers_reads_them(pictures
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_of_stable_diffusion_is_0_where_its_target_is_said(prediction):
     from trilemma.diffusion.schedules import Quadratic
-    from trilemma.stable.finetune import TunableUNet
     from trilemma.stable.schedule import Spacing
+    from trilemma.stable.tunable import TunableUNet
 
     class Stable:
         paints, unet, autoencoder = False, None, KLAutoencoder((32,), groups=32)

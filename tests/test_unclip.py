@@ -5,8 +5,8 @@ import torch
 
 import tiny
 import trilemma
+from trilemma import checkpoint, joining, sampling, variation
 from trilemma import data as pictures
-from trilemma import joining, sampling, variation
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import ClipEmbedding
 from trilemma.conditioning import ClipImage, ClipText
@@ -92,6 +92,16 @@ def saying(clip) -> AutoregressivePrior:
     torch.manual_seed(0)
     network = CausalTransformer(16, 1, 2)
     return AutoregressivePrior(ClipEmbedding(clip), ClipText(clip), network, DIM, 64)
+
+
+def test_a_prior_holds_one_clip(clip):
+    prior = AutoregressivePrior(
+        ClipEmbedding(clip), ClipText(frozen_clip()), CausalTransformer(16, 1, 2), DIM, 64
+    )
+    assert prior.conditioner.clip is prior.codec.clip is clip
+    other = Frozen(frozen_clip().module, "runs/other")
+    with pytest.raises(ValueError, match="embeddings are those of None .* read by runs/other"):
+        AutoregressivePrior(ClipEmbedding(clip), ClipText(other), prior.network, DIM, 64)
 
 
 def test_components_are_principal_and_come_back(saying):
@@ -185,6 +195,8 @@ def test_joined_it_draws_by_words_and_a_seed_is_a_picture(runs, prior, tmp_path)
     joining.join(runs / prior, runs / "decoder", None, tmp_path / "run")
     trained = sampling.load(tmp_path / "run", "cpu")
     assert trained.reads and trained.draws
+    held = [part for part in trained.model.modules() if isinstance(part, CLIP)]
+    assert len(held) == 1
     options = {"steps": 2, "prior_steps": 2} if prior == "prior" else {"steps": 2}
     asked = {"text": TEXTS, "seed": 3, **options}
     images = trained.sample(4, **asked)
@@ -192,6 +204,18 @@ def test_joined_it_draws_by_words_and_a_seed_is_a_picture(runs, prior, tmp_path)
     apart = trained.sample(4, batch=2, **asked)
     assert (images.int() - apart.int()).abs().max() <= 1
     assert trained.sample(1, text="a red square", direct=True, steps=2).shape[0] == 1
+
+
+def test_a_prior_that_was_written_with_two_clips_is_opened(runs, tmp_path):
+    tensors, facts = checkpoint.read_model(runs / "prior")
+    twice = {name: tensor.clone() for name, tensor in tensors.items()}
+    checkpoint.write(tmp_path / "model.safetensors", twice, facts)
+    size, before = (
+        (place / "model.safetensors").stat().st_size for place in (runs / "prior", tmp_path)
+    )
+    assert size < before
+    opened = sampling.load(tmp_path, "cpu").model.state_dict()
+    assert all(torch.equal(opened[name], tensor) for name, tensor in tensors.items())
 
 
 def test_pictures_are_varied_blended_and_changed(runs):

@@ -29,11 +29,23 @@ PACKAGED = Path(__file__).parent / "trained"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-serialisable facts to `path`, all or nothing."""
+    """Write tensors and JSON-serialisable facts to `path`, all or nothing.
+
+    What one tensor is under several names, as a part that two modules share, is written once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={"trilemma": json.dumps({"format": FORMAT, **facts})})
+    plain, shared = {}, {}
+    names: dict[Any, str] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        first = names.setdefault(memory, name)
+        if first == name:
+            plain[name] = tensor.detach().cpu().contiguous()
+        else:
+            shared[name] = first
+    told = {"format": FORMAT, "shared": shared, **facts}
+    save_file(plain, temporary, metadata={"trilemma": json.dumps(told)})
     replace(temporary, path)
 
 
@@ -66,6 +78,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is a safetensors file, but not one that Trilemma wrote")
     if facts["format"] > FORMAT:
         raise UserError(f"{path} is of a newer Trilemma (format {facts['format']}); please upgrade")
+    tensors |= {name: tensors[other] for name, other in facts.pop("shared", {}).items()}
     return tensors, facts
 
 

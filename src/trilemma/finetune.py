@@ -105,7 +105,8 @@ def asked(
 
 def learned(model: nn.Module) -> list[str]:
     """Return the names in the model's state of all but frozen parts, which have their own runs."""
-    held = [f"{name}." for name, part in model.named_modules() if isinstance(part, Frozen)]
+    parts = model.named_modules(remove_duplicate=False)
+    held = [f"{name}." for name, part in parts if isinstance(part, Frozen)]
     return [name for name in model.state_dict() if not name.startswith(tuple(held))]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from trilemma import checkpoint, recipe
 from trilemma.conditioning import source_of
 from trilemma.errors import UserError
-from trilemma.models.unclip import UnCLIP, clip_of
+from trilemma.models.unclip import UnCLIP
 
 
 def join(
@@ -43,8 +43,8 @@ def join(
         spec[name] = {"type": "model.Frozen", "module": facts["recipe"]["model"]}
         weights |= {f"{name}.module.{key}": tensor for key, tensor in tensors.items()}
     model = recipe.build(spec)
+    _check_clip(read["prior"][0], read["decoder"][0], prior, decoder)
     checkpoint.load_weights(model, weights, str(decoder))
-    _check_clip(model, prior, decoder)
     facts = read["decoder"][1]
     drawn = facts["data"]["shape"]
     if upsampler is not None:
@@ -70,10 +70,18 @@ def join(
     return path
 
 
-def _check_clip(model: UnCLIP, prior: str | Path, decoder: str | Path) -> None:
-    """Raise UserError unless prior and decoder were trained over one CLIP."""
-    clips = [cast(nn.Module, clip_of(part)) for part in (model.prior, model.decoder)]
-    ours, theirs = (clip.state_dict() for clip in clips)
+def _check_clip(
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    prior: str | Path,
+    decoder: str | Path,
+) -> None:
+    """Raise UserError unless the weights of prior and decoder have one CLIP among them."""
+    mark = ".clip.module."
+    ours, theirs = (
+        {key.partition(mark)[2]: tensor for key, tensor in each.items() if mark in key}
+        for each in (ours, theirs)
+    )
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise UserError(
             f"{prior} and {decoder} were trained over different CLIPs, so one draws embeddings "

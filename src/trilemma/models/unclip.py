@@ -54,6 +54,7 @@ class DiffusionPrior(Model):
                 "codecs.ClipEmbedding, for it draws embeddings"
             )
         self.diffusion: Diffusion = diffusion
+        _share_clip(diffusion.codec, diffusion.conditioner)
 
     def phases(self) -> list[Phase]:
         """Return the one phase of diffusion."""
@@ -105,6 +106,7 @@ class AutoregressivePrior(Model):
                 "components, and at least 2 values"
             )
         self.codec, self.conditioner, self.network = codec, conditioner, network
+        _share_clip(codec, conditioner)
         self.components, self.bins = components, bins
         width = network.width
         self.word = nn.Linear(conditioner.words[1], width)
@@ -213,7 +215,7 @@ class UnCLIP(Model):
 
     Args:
         prior: draws embeddings.
-        decoder: draws pictures of them.
+        decoder: draws pictures of them; its CLIP equals the prior's, and the two become one.
         upsampler: enlarges those; None leaves them as they are.
     """
 
@@ -239,6 +241,7 @@ class UnCLIP(Model):
                 "give the run of super-resolution"
             )
         self.prior, self.decoder, self.upsampler = prior, decoder, upsampler
+        _reader(decoder).clip = _reader(prior).clip
 
     def phases(self) -> list[Phase]:
         """Return none: its parts have been trained."""
@@ -296,10 +299,29 @@ def clip_of(module: nn.Module) -> Reads:
     Raises:
         ValueError: there is none.
     """
+    return matching(_reader(module).clip)
+
+
+def _reader(module: nn.Module) -> ClipText | ClipImage:
     for part in module.modules():
         if isinstance(part, ClipText | ClipImage):
-            return matching(part.clip)
+            return part
     raise ValueError(f"{type(module).__name__} reads nothing of a CLIP")
+
+
+def _share_clip(codec: ClipEmbedding, conditioner: nn.Module) -> None:
+    """Let words be read by the CLIP whose embeddings are drawn, so that it is held once.
+
+    Raises:
+        ValueError: it is another run's.
+    """
+    part = _reader(conditioner)
+    if part.clip.path != codec.clip.path:
+        raise ValueError(
+            f"the embeddings are those of {codec.clip.path} and words are read by {part.clip.path};"
+            " give the codec and the conditioner the same run of a CLIP"
+        )
+    part.clip = codec.clip
 
 
 def _nearest(drawn: list[Tensor], clip: Reads, condition: Condition) -> Tensor:

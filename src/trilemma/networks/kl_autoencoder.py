@@ -3,17 +3,18 @@
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G.
 Latents are brought to about deviation 1: (mean - shift) * scale.
 
-Large pictures are decoded in bands of rows, so that what memory holds is not several maps of a
-layer but its input, its output and one band. Statistics of the normalisations are those of the
-whole map, and a convolution sees the rows beside its band: the picture is the same to rounding, and
-there are no seams.
+Large pictures are decoded in bands of rows: a map is a list of bands, and each band is replaced by
+what is made of it as soon as the next one has been read, so that memory hardly holds more than the
+largest map of all. Statistics of the normalisations are those of the whole map, and a convolution
+sees the row on either side of its band: the picture is the same to rounding, without seams, and
+nothing is computed twice.
 
 Weights have the names that they have in the vae/ of a diffusers folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from trilemma.networks.layers import GroupNorm, attend
 from trilemma.networks.spatial_unet import Resize, Resnet, normed
 
 EPS = 1e-6
-BAND = 1 << 16  # pixels of a band, about
+BAND = 1 << 16  # pixels of a band of the picture, about
 
 
 class PlaceAttention(nn.Module):
@@ -153,19 +154,20 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(normed(self.conv_norm_out, x))).float()
 
     def rest_in_bands(self, x: Tensor) -> Tensor:
-        """Do the same in less memory."""
+        """Do the same in less memory; the features are written over."""
+        larger = 2 ** (len(self.up_blocks) - 1)
+        bands = list(x.split(max(BAND // (x.shape[3] * larger**2), 1), 2))
         for level in self.up_blocks:
             assert isinstance(level, Level)
             for resnet in level.resnets:
                 assert isinstance(resnet, Resnet)
-                h = normed_in_bands(resnet.norm1, resnet.conv1, x)
-                h = normed_in_bands(resnet.norm2, resnet.conv2, h)
-                short = resnet.conv_shortcut
-                x = h.add_(x if short is None else conv_in_bands(short, x, lambda part: part))
-            for larger in level.upsamplers:
-                assert isinstance(larger, Resize)
-                x = conv_in_bands(larger.conv, x, _doubled, 2)
-        return normed_in_bands(self.conv_norm_out, self.conv_out, x).float()
+                resnet_in_bands(resnet, bands)
+            for resize in level.upsamplers:
+                assert isinstance(resize, Resize)
+                for i, part in enumerate(conv_in_bands(resize.conv, bands, _doubled, 2)):
+                    bands[i] = part
+        act = activated(self.conv_norm_out, bands)
+        return torch.cat([*conv_in_bands(self.conv_out, bands, act)], 2).float()
 
 
 class StageEncoder(Encoder):
@@ -304,57 +306,59 @@ class KLAutoencoder(nn.Module):
         return self.decoder.rest_in_bands(x) if bands else self.decoder.rest(x)
 
 
+def resnet_in_bands(resnet: Resnet, x: list[Tensor]) -> None:
+    """Replace a map x, in bands, by resnet(x)."""
+    h, short = [], resnet.conv_shortcut
+    for i, part in enumerate(conv_in_bands(resnet.conv1, x, activated(resnet.norm1, x))):
+        h.append(part)
+        if short is not None:
+            x[i] = short(x[i])
+    for i, part in enumerate(conv_in_bands(resnet.conv2, h, activated(resnet.norm2, h))):
+        x[i] += part
+
+
 def conv_in_bands(
-    conv: nn.Conv2d, x: Tensor, before: Callable[[Tensor], Tensor], factor: int = 1
-) -> Tensor:
-    """Return conv(before(x)) of x (B, C, H, W), computed band after band.
+    conv: nn.Conv2d, x: list[Tensor], before: Callable[[Tensor], Tensor], factor: int = 1
+) -> Iterator[Tensor]:
+    """Yield conv(before(x)) of a map x, in bands, band after band.
+
+    When a band has been yielded, the same band of x is read no more and can be replaced.
 
     Args:
-        conv: of 3 x 3 or 1 x 1, of stride 1, padded to keep the size.
-        x: its input.
+        conv: of 3 x 3, padded to keep the size.
+        x: its input, (B, C, rows, W) each, from top to bottom.
         before: acts on each row by itself, and makes `factor` rows of it.
         factor: see `before`.
     """
-    height, width = x.shape[2:]
-    rows = max(BAND // (width * factor**2), 1)
-    beside = conv.kernel_size[0] // 2
-    out = None
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        first, last = max(top - beside, 0), min(bottom + beside, height)
-        part = before(x[:, :, first:last])
-        # Of the rows beside the band, only as many as the convolution sees; 0 beyond the picture.
-        above, below = (top - first) * factor, (last - bottom) * factor
-        part = part[:, :, max(above - beside, 0) : part.shape[2] - max(below - beside, 0)]
-        part = F.pad(part, (0, 0, beside if top == 0 else 0, beside if bottom == height else 0))
-        part = F.conv2d(part, conv.weight, conv.bias, padding=(0, conv.padding[1]))  # type: ignore[arg-type]
-        if out is None:
-            shape = (len(x), part.shape[1], height * factor, width * factor)
-            out = part.new_empty(shape)
-            if x.is_contiguous(memory_format=torch.channels_last):
-                out = out.contiguous(memory_format=torch.channels_last)
-        out[:, :, top * factor : bottom * factor] = part
-    assert out is not None
-    return out
+    above = None
+    for i, band in enumerate(x):
+        below = x[i + 1][:, :, :1] if i + 1 < len(x) else None
+        part = before(torch.cat([rows for rows in (above, band, below) if rows is not None], 2))
+        # One row on either side, of the `factor` that there are; of zeros beyond the picture.
+        edges = (1 if rows is None else 1 - factor for rows in (above, below))
+        part = F.pad(part, (0, 0, *edges))
+        above = band[:, :, -1:].clone()
+        yield F.conv2d(part, conv.weight, conv.bias, padding=(0, 1))
 
 
-def normed_in_bands(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return conv(silu(norm(x))) of x (B, C, H, W), computed band after band."""
-    count, channels = x.shape[:2]
-    rows = max(BAND // x.shape[3], 1)
-    total = x.new_zeros(2, count, norm.groups, dtype=torch.float64)
-    for top in range(0, x.shape[2], rows):
-        part = x[:, :, top : top + rows].float().reshape(count, norm.groups, -1)
-        variance, mean = torch.var_mean(part, dim=2, correction=0)
-        mean, variance = mean.double(), variance.double()
-        total += part.shape[2] * torch.stack([mean, variance + mean**2])
-    mean, square = total * norm.groups / x[0].numel()
+def activated(norm: GroupNorm, x: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return silu(norm(x)) as a function of rows of a map x, in bands, with its statistics."""
+    count, channels = x[0].shape[:2]
+    total = x[0].new_zeros(2, count, norm.groups, dtype=torch.float64)
+    for band in x:  # two means; `torch.var_mean` takes five times as long on a CPU
+        part = band.float()
+        mean = part.mean((2, 3), keepdim=True)
+        variance = (part - mean).square_().mean((2, 3))
+        mean = mean.flatten(1).double()
+        moments = torch.stack([mean, variance + mean**2])  # (2, B, C)
+        total += band.shape[2] * moments.unflatten(2, (norm.groups, -1)).mean(3)
+    mean, square = total / sum(band.shape[2] for band in x)
     told = torch.stack([mean, (square - mean**2 + norm.eps).rsqrt()]).float()
     mean, scale = told.repeat_interleave(channels // norm.groups, 2)  # (B, C) each
     scale = scale * norm.weight
     shift = (norm.bias - mean * scale)[:, :, None, None]
     scale = scale[:, :, None, None]
-    return conv_in_bands(conv, x, lambda part: F.silu(part.float() * scale + shift))
+    return lambda part: F.silu((part.float() * scale).add_(shift), inplace=True)
 
 
 def _doubled(x: Tensor) -> Tensor:
