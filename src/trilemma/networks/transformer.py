@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.networks.layers import turned, turns
+from trilemma.networks.layers import attend, turned, turns
 
 
 class Cache:
@@ -68,7 +68,7 @@ class Layer(nn.Module):
         if cache is not None:
             k, v = cache.extend(self, k, v)
         causal = count == k.shape[2]  # else one position that attends to all before it
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        h = attend(q, k, v, causal=causal)
         x = x + self.out(h.transpose(1, 2).reshape(batch, count, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
