@@ -190,7 +190,7 @@ def picture(args: argparse.Namespace) -> None:
 
     theirs(1), run_ours(1)  # whose first use of each kernel does not count
     sides = {"diffusers, its defaults": theirs, "ours": run_ours}
-    took, _ = by_turns(sides, 0, 1)
+    took, _ = by_turns(sides, 0, args.rounds)
     first, second = took.values()
     print(f"\na picture, {args.size} x {args.size}, {asked} steps, once each\n")
     print("| | s | times as fast |\n|---|---|---|")
@@ -225,7 +225,8 @@ def accelerations(args: argparse.Namespace) -> None:
     exact = latents["plain"]
     said = "random weights" if args.checkpoint is None else args.checkpoint
     print(
-        f"\na picture, {args.size} x {args.size}, {asked} steps, {said}, not decoded, once each\n"
+        f"\na picture, {args.size} x {args.size}, {asked} steps, {said}, not decoded, median of "
+        f"{args.rounds} rounds\n"
     )
     print("| | s | times as fast | latents: relative error | PSNR, dB |\n|---|---|---|---|---|")
     for name, seconds in took.items():
@@ -251,7 +252,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part; all if not said")
     parser.add_argument("--size", type=int, default=512, help="of the picture")
     parser.add_argument("--steps", type=int, help="of a picture: 20, or 12 where it is accelerated")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of an evaluation")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
     parser.add_argument("--warmup", type=int, default=1, help="rounds not counted")
     parser.add_argument("--checkpoint", help="to draw accelerations with")
     parser.add_argument("--tiny", action="store_true", help="networks of a tenth of the widths")
