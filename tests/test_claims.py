@@ -148,10 +148,10 @@ def test_unclip(fit, capsys):
     fit("unclip-prior", "model.diffusion.network.dim=8")
     fit("unclip-decoder")
     joining.join("runs/unclip-prior", "runs/unclip-decoder", None, "runs/unclip")
-    found = check_twice(capsys, "unclip", 1 + 3 * 2, "--run", "runs/unclip", "--data", "data")
+    found = check_twice(capsys, "unclip", 1 + 4, "--run", "runs/unclip", "--data", "data")
     assert found["direct, cosines"]["text"] == pytest.approx(1, abs=1e-4)
     assert found["pictures, cosines"]["picture"] == pytest.approx(1, abs=1e-4)
-    assert found["pictures, guidance 1"]["fd"] != found["prior, guidance 1"]["fd"]
+    assert found["pictures, guidance 2"]["fd"] != found["prior, 1, guidance 2"]["fd"]
 
 
 def test_clip_guidance(fit, capsys):

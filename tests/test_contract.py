@@ -169,6 +169,16 @@ def _stop_after(step):
     return probe
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_grid_is_drawn_while_training_where_there_are_pictures(name, data, tmp_path):
+    overrides = [*tiny.overrides(name), "train.grids=1"]
+    overrides += ["sample.steps=2"] if "steps" in recipe.load(name).get("sample", {}) else []
+    fit(name, data, tmp_path / "run", steps=1, overrides=overrides)
+    drawn = list((tmp_path / "run" / "samples").glob("*.png"))
+    nothing = tiny.classifies(name) or tiny.matches(name) or tiny.embeds(name)
+    assert len(drawn) == (0 if nothing else 1)
+
+
 @pytest.mark.parametrize("name", DRAWING)
 def test_samples(name, data, tmp_path):
     trained = fit(name, data, tmp_path / "run", steps=2)

@@ -50,19 +50,22 @@ SHARES = "first", "five", "category"
 TINY = {"n": 6, "steps": 2, "shown": 2}
 
 
-def embeddings(unclip: Trained, texts: Sequence[str], way: str) -> torch.Tensor:
-    """Return what the decoder is given for texts: their own embeddings, or drawn ones (N, D)."""
+def embeddings(unclip: Trained, texts: Sequence[str], scale: float | None) -> torch.Tensor:
+    """Return (N, D) for texts: their own embeddings if `scale` is None, else what the prior draws.
+
+    `scale` is that of the prior's guidance.
+    """
     model: UnCLIP = unclip.model
     drawn = []
     with inference(unclip) as where:
         for first in range(0, len(texts), BATCH):
             some = list(texts[first : first + BATCH])
-            if way == "direct":
+            if scale is None:
                 drawn.append(clip_of(model).embed_texts(some))
             else:
                 noise = Rng(torch.arange(first, first + len(some)), where)
                 told = Condition(len(some), text=some)
-                drawn.append(model.prior.module.draw(told, noise, guidance=2.0, steps=20))
+                drawn.append(model.prior.module.draw(told, noise, guidance=scale, steps=20))
     return torch.cat(drawn).float().cpu()
 
 
@@ -84,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, help="of what trilemma join made")
     parser.add_argument("--classifier", help="a run of the recipe classifier")
     parser.add_argument("--data", default="runs/emoji-text")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="of the decoder")
+    parser.add_argument("--prior-guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=20, help="of the decoder")
     parser.add_argument("--n", type=int, default=464, help="captions of test pictures, at most")
     parser.add_argument("--shown", type=int, default=6, help="pictures that are varied")
@@ -102,13 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     label = None if test.label is None else test.label[rows]
 
     own = {"pictures": variation.embed(unclip, real).float()}
-    own["direct"] = embeddings(unclip, texts, "direct")
-    own["prior"] = embeddings(unclip, texts, "prior")
-    titles = {
-        "direct": "the text's embedding",
-        "prior": "the prior's",
-        "pictures": "the picture's own",
-    }
+    own["direct"] = embeddings(unclip, texts, None)
+    titles = {"direct": "the text's embedding"}
+    for scale in given.prior_guidance:
+        own[f"prior, {scale:g}"] = embeddings(unclip, texts, scale)
+        titles[f"prior, {scale:g}"] = f"the prior's, drawn at guidance {scale:g}"
+    titles["pictures"] = "the picture's own"
 
     def measures(images: torch.Tensor) -> dict[str, float]:
         first, five = found(clip, images, texts)
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (title, f"{scale:g}", f"{near['text']:.2f}", f"{near['picture']:.2f}", *cells(said))
             )
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 4), layout="constrained")
     some = real[torch.linspace(0, len(real) - 1, given.shown).long()]
     varied = variation.variations(unclip, some, 5, steps=given.steps)
     strip = torch.cat([some[:, None], varied], 1).flatten(0, 1)
@@ -147,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.show(axes[1], ways.flatten(0, 1), "from one picture to the next", 6)
     prompts = [text for text in PROMPTS for _ in range(3)]
     halves = []
-    for way in ("direct", "prior"):
-        z = embeddings(unclip, prompts, way)
+    for scale in (None, max(given.prior_guidance)):
+        z = embeddings(unclip, prompts, scale)
         drawn = decoded(unclip, z, given.steps, max(given.guidance))
         halves.append(drawn.unflatten(0, (len(PROMPTS), 3)))
     both = torch.cat(halves, 1).flatten(0, 1)

@@ -43,7 +43,7 @@ from trilemma.data import Dataset, batches, bucketed, load_buckets
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Begins, Frozen, Losses, Measures, Model, Phase
+from trilemma.model import Begins, DrawsEmbeddings, Frozen, Losses, Measures, Model, Phase
 from trilemma.run import Run
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -443,7 +443,7 @@ def _give_up(run: Run, trouble: str) -> None:
 def _draw_grid(run: Run) -> None:
     """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
     trained = run.trained()
-    if trained.classifies or trained.matches:
+    if trained.classifies or trained.matches or isinstance(trained.model, DrawsEmbeddings):
         return
     folder = run.out / "samples"
     folder.mkdir(exist_ok=True)
