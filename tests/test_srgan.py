@@ -313,15 +313,6 @@ def test_a_folder_keeps_its_names_and_tells_what_is_left_out(tmp_path):
         upscale.upscale(trained(), folder, tmp_path / "out")
 
 
-def test_evaluate_measures_the_model_and_bicubic():
-    images = (batch(32).image * 127.5 + 127.5).byte()
-    scores = upscale.evaluate(trained(), images, batch=3)
-    made = upscale.bicubic(to_uint8(shrink(to_float(images), 4)), 4)
-    wanted = psnr(luma(made), luma(images), 4).mean().item()
-    assert scores["bicubic"]["psnr"] == pytest.approx(wanted)
-    assert scores["model"]["psnr"] < scores["bicubic"]["psnr"]  # untrained
-
-
 def test_what_only_draws_is_not_asked_to_enlarge_and_the_other_way_round():
     other = trained()
     other.recipe["data"].clear()

@@ -22,7 +22,7 @@ import common
 import torch
 
 from trilemma import data as pictures
-from trilemma import upscale
+from trilemma import restoring, upscale
 from trilemma.batch import to_float, to_uint8
 from trilemma.drawing import grid
 from trilemma.metrics.features import extractor
@@ -72,14 +72,13 @@ def main() -> None:
     images = test.tensor(thinned(len(test), given.n))
     factor = srgan.model.factor
     low = to_uint8(shrink(to_float(images), factor))
-    scores = {way: upscale.evaluate(model, images) for way, model in models.items()}
     made = {"bicubic": upscale.bicubic(low, factor)}
     made |= {way: upscale.enlarge(model, low) for way, model in models.items()}
     see = extractor("lite0")
     real = statistics(see(images, pooled_only=True).pooled)
     rows = []
     for way, enlarged in made.items():
-        numbers = scores["srgan"]["bicubic"] if way == "bicubic" else scores[way]["model"]
+        numbers = restoring.likeness(enlarged, images, factor)
         distance = frechet_distance(statistics(see(enlarged, pooled_only=True).pooled), real)
         seen = f"{models[way].progress['seen']:,}" if way in models else "-"
         cells = (f"{numbers['psnr']:.2f}", f"{numbers['ssim']:.4f}", f"{distance:.1f}")

@@ -8,7 +8,7 @@ both sides and the real images chosen. All that is stored beside the scores as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trilemma import data as pictures
-from trilemma import device, retrieval, sampling
+from trilemma import device, restoring, retrieval, sampling
 from trilemma.batching import LARGEST, Batching
 from trilemma.data import Dataset
 from trilemma.errors import UserError
@@ -82,7 +82,8 @@ def evaluate(
         **sample_options: options for the model's `sample`, and `label`.
 
     Of a model that joins pictures and texts (`model.Matches`) it is measured how well they find
-    each other: `retrieval.evaluate`.
+    each other, `retrieval.evaluate`; of one that enlarges, colours or fills holes, how near
+    pictures of `data` that it restores come to themselves, `restoring.evaluate`.
 
     Returns:
         `scores`: by name, such as `fd-lite0`; `speed` if a model drew: see `metrics.speed.speed`;
@@ -96,12 +97,12 @@ def evaluate(
         raise UserError(f"n is {n}; a distance needs at least 2 images")
     what = _opened(what)
     if isinstance(what, Trained) and what.matches:
-        if not isinstance(data, Dataset):
-            channels, size, _ = what.data["shape"]
-            captions = what.recipe.get("data", {}).get("captions", ())
-            data = pictures.load(data, split=split, size=size, channels=channels, captions=captions)
-        return retrieval.evaluate(what, data)
+        return retrieval.evaluate(what, _as_trained(what, data, split))
     see = extractor(features, device_name)
+    if isinstance(what, Trained) and (what.enlarges or what.repairs):
+        chosen = {key: value for key, value in sample_options.items() if value is not None}
+        real_ones = _as_trained(what, data, split)
+        return restoring.evaluate(what, real_ones, see, n=n, seed=seed, track=_tracked, **chosen)
     if bits and not (isinstance(what, Trained) and isinstance(what.model, HasLikelihood)):
         raise UserError("a likelihood was asked for and what draws tells none; leave it out")
     images, sampling, cost = _images(what, n, seed, sample_options)
@@ -298,6 +299,23 @@ def _opened(what: Subject) -> Subject:
         if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
             return sampling.load(path)
     return what
+
+
+def _as_trained(trained: Trained, data: str | Path | Dataset, split: str) -> Dataset:
+    """Return the pictures as the model was trained on them, if they are not loaded yet."""
+    if isinstance(data, Dataset):
+        return data
+    channels, size, _ = trained.data["shape"]
+    chosen = trained.recipe.get("data", {})
+    captions, tiles = chosen.get("captions", ()), chosen.get("tiles", False)
+    asked: dict[str, Any] = {"captions": captions, "tiles": tiles}
+    return pictures.load(data, split=split, size=size, channels=channels, **asked)
+
+
+def _tracked(parts: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Show on a terminal how far drawing is."""
+    screen = Console(stderr=True)
+    return track(parts, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
 
 
 def _images(

@@ -26,18 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from trilemma.batch import Condition, Rng, to_float, to_uint8
-from trilemma.conditioning import SOURCES, Source, source_of
-from trilemma.data import Dataset
+from trilemma.conditioning import Source, source_of
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
-from trilemma.drawing import grid
 from trilemma.edit import BATCH, Track, check, inference
 from trilemma.errors import UserError
 from trilemma.model import HasRedrawing
 from trilemma.sampling import Trained
-
-SHOWN = 16  # pictures on a sheet
 
 Draw = Callable[[Tensor, Condition, Rng], Tensor]
 """uint8 (B, C, H, W) on the CPU, condition, rng -> uint8 (B, ...) on the CPU."""
@@ -107,7 +103,7 @@ def inpaint(
     Args:
         trained: a diffusion model.
         images: uint8 (N, C, H, W).
-        mask: bool (H, W), true where it is to be drawn.
+        mask: bool (H, W), true where it is to be drawn; or one for each picture, (N, H, W).
         n: pictures of each.
         seed: of all that is drawn.
         label: what they shall be; None says nothing.
@@ -122,7 +118,8 @@ def inpaint(
         UserError: as `vary`; a mask that is not of the pictures' size, or hides nothing.
     """
     check(trained, images)
-    if mask.dtype != torch.bool or mask.shape != images.shape[2:] or not mask.any():
+    fits = mask.shape in (images.shape[2:], (len(images), *images.shape[2:]))
+    if mask.dtype != torch.bool or not fits or not mask.any():
         raise UserError(
             f"the mask is {mask.dtype} of {tuple(mask.shape)} and hides {int(mask.sum())} pixels; "
             f"expected booleans of {tuple(images.shape[2:])}, some of them true, where to draw"
@@ -131,10 +128,11 @@ def inpaint(
     draw = _painting(trained, options, label, text)
 
     def paint(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
-        return draw(part, mask.expand(len(part), 1, -1, -1), condition, rng)
+        return draw(part[:, :-1], part[:, -1:].bool(), condition, rng)
 
     said = _said(trained, n, label, text, options)
-    return _drawn(trained, images, n, seed, said, track, paint)
+    hidden = mask.expand(len(images), *mask.shape[-2:])[:, None].byte()
+    return _drawn(trained, torch.cat([images, hidden], 1), n, seed, said, track, paint)
 
 
 def outpaint(
@@ -259,25 +257,6 @@ def source(trained: Trained) -> Source:
             "PICTURES --mask MASK --out DIR"
         )
     return found
-
-
-def sheet(trained: Trained, data: Dataset) -> Image.Image:
-    """Lay out the first pictures in threes: what is given, what is drawn, the original."""
-    images = data.tensor(slice(SHOWN))
-    part = source_of(trained.model)
-    assert part is not None
-    made = SOURCES[part.kind](to_float(images), Rng(range(len(images))), part.factor)
-    if part.kind == "masked":
-        hidden = made[:, -1:] > 0.5
-        given = to_uint8(made[:, :-1])
-        draw = _painting(trained, {}, None, None)
-        with inference(trained) as where:
-            rng = Rng(range(len(images)), where)
-            drawn = draw(given, hidden, Condition(len(images)), rng)
-    else:
-        drawn = repair(trained, to_uint8(made))[:, 0]
-        given = to_uint8(F.interpolate(made, images.shape[2:])).expand_as(images)
-    return grid(torch.stack([given, drawn, images], 1).flatten(0, 1), 6)
 
 
 def read_mask(mask: str | Path, pictures: str | Path, side: int) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from trilemma import (
@@ -26,16 +25,11 @@ from trilemma import (
     checkpoint,
     device,
     distributed,
-    drawing,
-    edit,
     finetune,
     latents,
     preservation,
     recipe,
-    redraw,
     signals,
-    translation,
-    upscale,
 )
 from trilemma.batch import Batch, to_float
 from trilemma.conditioning import reads_text
@@ -43,7 +37,8 @@ from trilemma.data import Dataset, batches, bucketed, load_buckets
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.log import Log, clock, count
-from trilemma.model import Begins, DrawsEmbeddings, Frozen, Losses, Measures, Model, Phase
+from trilemma.model import Begins, Frozen, Losses, Measures, Model, Phase
+from trilemma.previews import Previews
 from trilemma.run import Run
 from trilemma.sampling import Trained
 from trilemma.settings import Length, Progress, Settings
@@ -301,6 +296,7 @@ def _steps(
     bad_in_row, saved_at, shown_at = 0, time.monotonic(), 0.0
     started_at, started_seen = progress.elapsed, progress.seen
     done = length.done(progress)
+    previews = Previews(run.out / "samples", log.say)
     drawn, probed = _share(done, settings.grids), _share(done, probes)
     watched = _share(done, settings.watches)
     watching = run.rank == 0 and settings.watches > 0 and len(run.data) > 1
@@ -361,7 +357,7 @@ def _steps(
                 f"the state is saved in {run.out}; add --resume to go on"
             )
         if run.rank == 0 and _share(done, settings.grids) > drawn:
-            _draw_grid(run)
+            previews.draw(run.trained(), run.data, progress.elapsed)
             drawn = _share(done, settings.grids)
         if ears is not None and _share(done, settings.watches) > watched:
             watched = _share(done, settings.watches)
@@ -438,43 +434,6 @@ def _give_up(run: Run, trouble: str) -> None:
         f"state, step {state['progress']['step']}. Try a learning rate two to ten times "
         f"smaller (--set train.optimizer.lr=...), train.clip=1, or train.precision=fp32"
     )
-
-
-def _draw_grid(run: Run) -> None:
-    """Draw a sample grid at fixed seeds, or of fixed training pictures, into `samples/`."""
-    trained = run.trained()
-    if trained.classifies or trained.matches or isinstance(trained.model, DrawsEmbeddings):
-        return
-    folder = run.out / "samples"
-    folder.mkdir(exist_ok=True)
-    if trained.translates:
-        sheet = translation.sheet(trained, run.data)
-    elif trained.enlarges:
-        sheet = upscale.sheet(trained, run.data)
-    elif trained.repairs:
-        sheet = redraw.sheet(trained, run.data)
-    elif not trained.draws:
-        sheet = edit.sheet(trained, run.data)
-    else:
-        sheet = _sheet(trained)
-    sheet.save(folder / f"{run.progress.seen:09d}.png")
-
-
-def _sheet(trained: Trained) -> Image.Image:
-    """Lay out pictures of fixed seeds; of buckets, rows of each size, the most frequent first."""
-    columns = 10 if trained.conditional else 8
-    sizes = trained.data["buckets"][:columns] or [trained.data["shape"][1:]]
-    n = columns * (columns // len(sizes))
-    parts = []
-    for height, width in sizes:
-        size = [height, width] if trained.data["buckets"] else None
-        images, texts = trained.sample(n, size=size), trained.texts(n, None)
-        if texts is None:
-            parts.append(drawing.grid(images, columns))
-        else:
-            least = 96 * width // trained.data["shape"][2]
-            parts.append(drawing.captioned(images, texts, columns, least))
-    return drawing.stacked(parts)
 
 
 @contextmanager

@@ -20,19 +20,14 @@ from torch import Tensor
 
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
-from trilemma.conditioning import shrink
-from trilemma.data import Dataset
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
-from trilemma.drawing import grid
 from trilemma.errors import UserError
-from trilemma.metrics.restoration import luma, psnr, ssim
 from trilemma.networks.srresnet import Generator
 from trilemma.sampling import Trained
 
 TILE = 128  # low resolution pixels of a tile without its margins
-SHOWN = 16  # pictures on a sheet
 
 
 def enlarge(trained: Trained, images: Tensor, tile: int = TILE) -> Tensor:
@@ -143,38 +138,9 @@ def bicubic(low: Tensor, factor: int) -> Tensor:
     return to_uint8(F.interpolate(to_float(low), size, mode="bicubic", antialias=True))
 
 
-def evaluate(trained: Trained, images: Tensor, batch: int = 32) -> dict[str, dict[str, float]]:
-    """Shrink originals, enlarge them again and compare, by the model and bicubically.
-
-    Protocol: PSNR and SSIM of luma (BT.601), a border as wide as the factor left out, the mean over
-    pictures; low resolution by `conditioning.shrink`; what is enlarged is rounded to 8 bits.
-
-    Args:
-        trained: a model that enlarges.
-        images: the originals, uint8 (N, C, H, W), sides multiples of the factor.
-        batch: pictures at once.
-
-    Returns:
-        `{"model": {"psnr", "ssim"}, "bicubic": {...}}`.
-    """
-    factor = _network(trained).factor
-    sums = {name: {"psnr": 0.0, "ssim": 0.0} for name in ("model", "bicubic")}
-    for part in images.split(batch):
-        low = to_uint8(shrink(to_float(part), factor))
-        for name, made in (("model", enlarge(trained, low)), ("bicubic", bicubic(low, factor))):
-            for measure, function in (("psnr", psnr), ("ssim", ssim)):
-                value = function(luma(made), luma(part), factor).sum()
-                sums[name][measure] += float(value) / len(images)
-    return sums
-
-
-def sheet(trained: Trained, data: Dataset) -> Image.Image:
-    """Lay out the first pictures in threes: low resolution, enlarged, original."""
-    images = data.tensor(slice(SHOWN))
-    factor = _network(trained).factor
-    low = to_uint8(shrink(to_float(images), factor))
-    shown = low.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return grid(torch.stack([shown, enlarge(trained, low), images], 1).flatten(0, 1), 6)
+def factor(trained: Trained) -> int:
+    """Return how much larger a model makes pictures. Raises UserError if it does not enlarge."""
+    return _network(trained).factor
 
 
 def _network(trained: Trained) -> Generator:
