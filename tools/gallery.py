@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import trilemma
 from trilemma import data as pictures
-from trilemma import redraw
+from trilemma import restoring
 from trilemma.drawing import grid
 
 WIDTH, COLUMNS, ROWS = 500, 10, 2  # of a row of pictures in pixels; pictures of a run
@@ -27,10 +27,10 @@ LEAD = 130  # pixels for the name
 def row(run: str, name: str, data: str | None) -> Image.Image:
     """Return the pictures of a run with its name to the left."""
     trained = trilemma.load(run)
-    if trained.repairs:
+    if trained.repairs or trained.enlarges:
         test = pictures.load(data, split="test", size=trained.data["shape"][1])
-        some = np.linspace(0, len(test) - 1, redraw.SHOWN).astype(int)  # of all kinds
-        drawn = redraw.sheet(trained, replace(test, images=test.images[some]))
+        some = np.linspace(0, len(test) - 1, restoring.SHOWN).astype(int)  # of all kinds
+        drawn = restoring.sheet(trained, replace(test, images=test.images[some]))
     else:
         drawn = grid(trained.sample(COLUMNS * ROWS, seed=0), COLUMNS)
     drawn = drawn.resize((WIDTH, WIDTH * drawn.height // drawn.width), Image.Resampling.NEAREST)
