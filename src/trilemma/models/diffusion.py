@@ -25,39 +25,33 @@ likelihood; it varies so much over t that times are to be drawn by importance (t
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
+from trilemma.batch import Batch, Condition, Rng, dequantise
 from trilemma.codecs import Latents, Pixels, encoded
-from trilemma.conditioning import Conditioner, Labels, masked, source_of
-from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
+from trilemma.conditioning import Conditioner, Labels
+from trilemma.diffusion import inpainting, inversion, likelihood
+from trilemma.diffusion.grids import CLEANEST, GRIDS, given
 from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
-from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.levels import combine
-from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
 from trilemma.diffusion.pairing import PAIRINGS
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import SOLVERS, check, heun
+from trilemma.diffusion.solvers import SOLVERS, check, last
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Importance, Uniform
 from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
-from trilemma.networks.layers import Embedded, check_shape
+from trilemma.networks.layers import Embedded
 
 if TYPE_CHECKING:
     from trilemma.models.distillation import Objective
 
 SOLVER, STEPS = "dpmpp_2m", 20  # of `sample`, if nothing is said
-INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
-LIKELIHOOD_STEPS = 16  # of Runge and Kutta's method, four network calls each and their gradients
 BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021
 
 
@@ -184,8 +178,8 @@ class Diffusion(Model):
             guess = clean(x, known, alpha, sigma, ab)
             k = (t.double() * self.steps).round().long()
             v = 0.0 if share is None else share
-            nats = step_nats(x0, guess, v, k, self.schedule, self.steps).flatten(1).mean(1)
-            told["bound"] = bound = self.steps * nats / math.log(2)  # bits per dimension, but L_T
+            nats = likelihood.step_nats(x0, guess, v, k, self.schedule, self.steps)
+            told["bound"] = bound = self.steps * nats.flatten(1).mean(1) / math.log(2)  # bits per dimension, but L_T
             loss = bound if self.error is None else loss + BOUND_WEIGHT * bound
         if not isinstance(self.times, Importance):
             return {name: each.mean() for name, each in {"loss": loss, **told}.items()}
@@ -244,29 +238,16 @@ class Diffusion(Model):
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
 
     def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of.
-
-        The probability-flow equation followed from picture to noise (Song et al. 2021, "Denoising
-        Diffusion Implicit Models", section 4.3), with nothing said of the picture.
-        """
-        times = karras(self.schedule, INVERSION_STEPS)[:-1].flip(0)  # from all but clean to noise
-        alpha, _ = self.schedule(times[:1])
-        return self._flow(float(alpha) * self.codec.encode(image), times)
+        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of."""
+        return inversion.encode(self, image)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1] by the same equation.
+        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: noise of another shape.
         """
-        check_shape("latents", latent, *self.codec.shape)
-        return self.codec.decode(self._flow(latent, karras(self.schedule, INVERSION_STEPS)))
-
-    def _flow(self, x: Tensor, times: Tensor) -> Tensor:
-        rng = Rng(torch.zeros(len(x), dtype=torch.int64), x.device)  # heun draws nothing
-        nothing = self.conditioner.nothing(Condition(len(x)))
-        denoise: Denoiser = lambda x, t: self.denoise(x, t, nothing)  # noqa: E731
-        return deque(heun(denoise, x, times, self.schedule, rng), maxlen=1).pop()
+        return inversion.decode(self, latent)
 
     def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
         """Return the expected clean images behind images (B, C, H, W) of noise deviations (B,).
@@ -298,43 +279,17 @@ class Diffusion(Model):
     @property
     def likelihood_calls(self) -> int:
         """Network calls of `log_prob`; with their gradients where times are continuous."""
-        return self.steps or 4 * LIKELIHOOD_STEPS
+        return self.steps or 4 * likelihood.FLOW_STEPS
 
     def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
 
-        With continuous times the density by the flow, else the bound by the steps, with the small
-        variance or the learned one: `diffusion.likelihood`. A picture's noise is a function of the
-        picture. In float32, for bfloat16 is too coarse for sums over many calls.
+        With continuous times the density by the flow, else the bound by the steps.
 
         Raises:
-            ValueError: a model of latents, or a continuous one that was not trained with
-                dequantise.
+            ValueError: as `diffusion.likelihood.log_prob`.
         """
-        if type(self.codec) is not Pixels:
-            raise ValueError(
-                f"a model of {type(self.codec).__name__} tells no likelihood of pictures; "
-                "ask one with codecs.Pixels"
-            )
-        if not self.discrete and not self.dequantise:
-            raise ValueError(
-                "the density of pictures is asked of a model that learned their levels, where it "
-                "has no bound; train one with --set model.dequantise=true"
-            )
-        levels = to_uint8(image).flatten(1).long()
-        place = torch.arange(1, levels.shape[1] + 1, device=levels.device)
-        rng = Rng((levels * place).sum(1), image.device)
-        with torch.autocast(image.device.type, enabled=False):
-            embedded = self.conditioner(Condition(len(image), label))
-            denoise: Denoiser = lambda x, t: self.denoise(x, t, embedded)  # noqa: E731
-            if self.steps is None:
-                return flow_log_prob(denoise, image, self.schedule, rng, steps=LIKELIHOOD_STEPS)
-
-            def guess(x: Tensor, t: float) -> tuple[Tensor, Tensor | float]:
-                x0 = denoise(x, t).clamp(-1, 1)
-                return x0, 0.0 if self.share is None else self.share
-
-            return step_bound(guess, image, self.schedule, rng, self.steps)
+        return likelihood.log_prob(self, image, label)
 
     def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
@@ -438,7 +393,7 @@ class Diffusion(Model):
             size=size,
             **own,
         )
-        return self.codec.decode(deque(walk, maxlen=1).pop())
+        return self.codec.decode(last(walk))
 
     def vary(
         self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
@@ -454,7 +409,7 @@ class Diffusion(Model):
             ValueError: as `sample`; a strength of 0 or less or more than 1.
         """
         walk = self._walk(condition, rng, begin=(image, strength), **options)
-        return self.codec.decode(deque(walk, maxlen=1).pop())
+        return self.codec.decode(last(walk))
 
     def inpaint(
         self,
@@ -484,27 +439,8 @@ class Diffusion(Model):
         Raises:
             ValueError: as `sample`; resample below 1; a mask that is not of the images' size.
         """
-        if mask.shape != (len(image), 1, *image.shape[2:]):
-            raise ValueError(
-                f"a mask {tuple(mask.shape)} was given for images {tuple(image.shape)}; "
-                f"expected {(len(image), 1, *image.shape[2:])}"
-            )
-        if steps < 1 or resample < 1:
-            raise ValueError(f"steps is {steps} and resample {resample}; expected at least 1")
-        hidden = mask > 0.5
-        image = torch.where(hidden, 0.0, image)
-        source = source_of(self.conditioner)
-        if source is not None and source.kind == "masked":
-            told = replace(condition, source=masked(image, mask))
-            drawn = self.sample(told, rng, steps=steps, guidance=guidance)
-        else:
-            known = self.codec.encode(image)
-            place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
-            denoise = self.denoiser(condition, guidance)
-            times = even_share(self.schedule, steps)
-            painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
-            drawn = self.codec.decode(deque(painting, maxlen=1).pop())
-        return torch.where(hidden, drawn, image)
+        chosen: dict[str, Any] = {"steps": steps, "resample": resample, "guidance": guidance}
+        return inpainting.inpaint(self, image, mask, condition, rng, **chosen)
 
 
 @lru_cache(maxsize=4096)
