@@ -211,11 +211,6 @@ class Diffusion(Model):
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2
 
-    def _network(self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded) -> Tensor:
-        output, share = self._estimate(x, t, scale, embedded)
-        self.share = None if share is None else share.detach()
-        return output
-
     def denoise(self, x: Tensor, t: float | Tensor, embedded: Embedded) -> Tensor:
         """Return the x_0 (B, ...) that the network expects behind x_t, at one t or times (B,)."""
         if isinstance(t, Tensor):
@@ -227,6 +222,11 @@ class Diffusion(Model):
         output = self._network(x, torch.full((len(x),), t, device=x.device), scale, embedded)
         return combine((of_x, x), (of_output, output))
 
+    def _network(self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded) -> Tensor:
+        output, share = self._estimate(x, t, scale, embedded)
+        self.share = None if share is None else share.detach()
+        return output
+
     def denoiser(self, condition: Condition, guidance: float | Guidance = 1.0) -> Denoiser:
         """Return x_t, t -> x_0 under a condition, guided and kept within the codec's bounds.
 
@@ -237,64 +237,57 @@ class Diffusion(Model):
         denoise = guided(self, condition, asked)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of."""
-        return inversion.encode(self, image)
+    def sample(
+        self,
+        condition: Condition,
+        rng: Rng,
+        *,
+        solver: str = SOLVER,
+        steps: int = STEPS,
+        guidance: float | Guidance = 1.0,
+        grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+        **own: Any,
+    ) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1].
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1].
-
-        Raises:
-            ValueError: noise of another shape.
-        """
-        return inversion.decode(self, latent)
-
-    def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
-        """Return the expected clean images behind images (B, C, H, W) of noise deviations (B,).
-
-        x + deviation noise is x_t / alpha at the time when sigma / alpha = deviation, and there the
-        network's x_0 is the mean of all pictures that may lie behind: no other estimate has a
-        smaller squared error. One network call, with nothing said of the picture.
-
-        Raises:
-            ValueError: the model draws latents, in which noise on a picture is not Gaussian.
-        """
-        if not isinstance(self.codec, Pixels):
-            raise ValueError("it knows noise on latents, and this is noise on pictures")
-        t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
-        alpha, _ = self.schedule(t)
-        nothing = self.conditioner.nothing(Condition(len(image)))
-        return self.codec.decode(self.denoise(_like(alpha, image) * image, t, nothing))
-
-    @property
-    def discrete(self) -> bool:
-        """Whether times are those of steps: then `log_prob` is of 8-bit pictures, and a bound."""
-        return self.steps is not None
-
-    @property
-    def bound(self) -> bool:
-        """Whether `log_prob` is a bound from below."""
-        return self.discrete
-
-    @property
-    def likelihood_calls(self) -> int:
-        """Network calls of `log_prob`; with their gradients where times are continuous."""
-        return self.steps or 4 * likelihood.FLOW_STEPS
-
-    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
-
-        With continuous times the density by the flow, else the bound by the steps.
+        Args:
+            condition: what to draw; a label of None draws from all classes.
+            rng: one stream per image.
+            solver: one of `SOLVERS`.
+            steps: of the solver, from noise to picture.
+            guidance: how far the condition is overdone, 1 being not at all; or all that guides.
+            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
+                solver's own if None.
+            size: height and width of the images; those it was trained on if None.
+            own: the solver's own options, such as ddim's eta.
 
         Raises:
-            ValueError: as `diffusion.likelihood.log_prob`.
+            ValueError: an unknown solver or grid, an option that the solver does not have, fewer
+                than one step, times that do not fall in so many steps, or guidance of a model that
+                cannot be guided.
         """
-        return likelihood.log_prob(self, image, label)
+        walk = self._walk(
+            condition,
+            rng,
+            solver=solver,
+            steps=steps,
+            guidance=guidance,
+            grid=grid,
+            size=size,
+            **own,
+        )
+        return self.codec.decode(last(walk))
 
     def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
         for x in self._walk(condition, rng, **options):
             yield self.codec.decode(x)
+
+    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return the names that `sample` takes beside its own: those of the chosen solver."""
+        solver = chosen.get("solver", SOLVER)
+        return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def _walk(
         self,
@@ -348,53 +341,6 @@ class Diffusion(Model):
             start = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
         yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
 
-    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
-        """Return the names that `sample` takes beside its own: those of the chosen solver."""
-        solver = chosen.get("solver", SOLVER)
-        return list(SOLVERS[solver].options) if solver in SOLVERS else []
-
-    def sample(
-        self,
-        condition: Condition,
-        rng: Rng,
-        *,
-        solver: str = SOLVER,
-        steps: int = STEPS,
-        guidance: float | Guidance = 1.0,
-        grid: str | Sequence[float] | None = None,
-        size: Sequence[int] | None = None,
-        **own: Any,
-    ) -> Tensor:
-        """Draw images (B, C, H, W) in [-1, 1].
-
-        Args:
-            condition: what to draw; a label of None draws from all classes.
-            rng: one stream per image.
-            solver: one of `SOLVERS`.
-            steps: of the solver, from noise to picture.
-            guidance: how far the condition is overdone, 1 being not at all; or all that guides.
-            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
-                solver's own if None.
-            size: height and width of the images; those it was trained on if None.
-            own: the solver's own options, such as ddim's eta.
-
-        Raises:
-            ValueError: an unknown solver or grid, an option that the solver does not have, fewer
-                than one step, times that do not fall in so many steps, or guidance of a model that
-                cannot be guided.
-        """
-        walk = self._walk(
-            condition,
-            rng,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            grid=grid,
-            size=size,
-            **own,
-        )
-        return self.codec.decode(last(walk))
-
     def vary(
         self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
     ) -> Tensor:
@@ -441,6 +387,60 @@ class Diffusion(Model):
         """
         chosen: dict[str, Any] = {"steps": steps, "resample": resample, "guidance": guidance}
         return inpainting.inpaint(self, image, mask, condition, rng, **chosen)
+
+    def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
+        """Return the expected clean images behind images (B, C, H, W) of noise deviations (B,).
+
+        x + deviation noise is x_t / alpha at the time when sigma / alpha = deviation, and there the
+        network's x_0 is the mean of all pictures that may lie behind: no other estimate has a
+        smaller squared error. One network call, with nothing said of the picture.
+
+        Raises:
+            ValueError: the model draws latents, in which noise on a picture is not Gaussian.
+        """
+        if not isinstance(self.codec, Pixels):
+            raise ValueError("it knows noise on latents, and this is noise on pictures")
+        t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
+        alpha, _ = self.schedule(t)
+        nothing = self.conditioner.nothing(Condition(len(image)))
+        return self.codec.decode(self.denoise(_like(alpha, image) * image, t, nothing))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of."""
+        return inversion.encode(self, image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: noise of another shape.
+        """
+        return inversion.decode(self, latent)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether times are those of steps: then `log_prob` is of 8-bit pictures, and a bound."""
+        return self.steps is not None
+
+    @property
+    def bound(self) -> bool:
+        """Whether `log_prob` is a bound from below."""
+        return self.discrete
+
+    @property
+    def likelihood_calls(self) -> int:
+        """Network calls of `log_prob`; with their gradients where times are continuous."""
+        return self.steps or 4 * likelihood.FLOW_STEPS
+
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
+
+        With continuous times the density by the flow, else the bound by the steps.
+
+        Raises:
+            ValueError: as `diffusion.likelihood.log_prob`.
+        """
+        return likelihood.log_prob(self, image, label)
 
 
 @lru_cache(maxsize=4096)
