@@ -20,6 +20,9 @@ step's variance lies. It learns from the bound on the likelihood, which x_0 does
 
 The loss "bound" is T L_t / log 2 alone, which x_0 and the variance both learn from, for the best
 likelihood; it varies so much over t that times are to be drawn by importance (their section 3.3).
+
+What stands in brackets above is told in the files of `trilemma.diffusion`: schedules, targets,
+weights, times; and how a denoiser draws, in solvers, grids and guidance.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from trilemma.batch import Batch, Condition, Rng, dequantise
 from trilemma.codecs import Latents, Pixels, encoded
 from trilemma.conditioning import Conditioner, Labels
 from trilemma.diffusion import inpainting, inversion, likelihood
-from trilemma.diffusion.grids import CLEANEST, GRIDS, given
+from trilemma.diffusion.grids import CLEANEST, times_of
 from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
 from trilemma.diffusion.levels import combine
 from trilemma.diffusion.pairing import PAIRINGS
@@ -56,7 +59,9 @@ BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021
 
 
 class Diffusion(Model):
-    """A denoiser and the ways to sample with it.
+    """A denoiser: how it learns (`loss`), what it expects (`denoise`), and drawing (`sample`).
+
+    After these stands what else a denoiser can do, each in a few lines or a module of its own.
 
     Args:
         codec: the space it works in.
@@ -152,41 +157,47 @@ class Diffusion(Model):
         """Return the weighted error of the network's output at random times."""
         rng = batch.rng
         if self.dequantise:
-            noise = rng.uniform(*batch.image.shape[1:])
-            x0 = self.codec.encode(dequantise(batch.image, noise))
+            x0 = self.codec.encode(dequantise(batch.image, rng.uniform(*batch.image.shape[1:])))
         else:
             x0 = encoded(self.codec, batch)
         t = self.times(rng, self.schedule)  # (B,)
-        noise = rng.normal(*x0.shape[1:])
         of_a_kind = batch.condition.label if getattr(self.conditioner, "classes", 0) else None
-        noise = self.pair(noise, x0, of_a_kind)
+        noise = self.pair(rng.normal(*x0.shape[1:]), x0, of_a_kind)
         alpha, sigma = (_like(v, x0) for v in self.schedule(t))
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
         embedded = self.conditioner(batch.condition, rng, batch.image)
         output, share = self._estimate(x, t, self._scale(alpha, sigma), embedded)
-        told: Losses = {}  # (B,) each
-        if self.error is not None:
-            error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
-            loss = error.flatten(1).mean(1)
-            if self.uncertainty is not None:
-                u = self.uncertainty(t)
-                told["error"] = loss
-                loss = loss * (-u).exp() + u
-        if (self.learn_variance or self.error is None) and self.steps is not None:
-            known = output if self.error is None else output.detach()
-            guess = clean(x, known, alpha, sigma, ab)
-            k = (t.double() * self.steps).round().long()
-            v = 0.0 if share is None else share
-            nats = likelihood.step_nats(x0, guess, v, k, self.schedule, self.steps)
-            told["bound"] = bound = self.steps * nats.flatten(1).mean(1) / math.log(2)  # bits per dimension, but L_T
-            loss = bound if self.error is None else loss + BOUND_WEIGHT * bound
+        if self.error is None:
+            bound = self._bound(x0, clean(x, output, alpha, sigma, ab), share, t)
+            return self._averaged(t, {"loss": bound, "bound": bound})
+        error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
+        told = {"loss": error.flatten(1).mean(1)}  # (B,) each
+        if self.uncertainty is not None:
+            u, told["error"] = self.uncertainty(t), told["loss"]
+            told["loss"] = told["error"] * (-u).exp() + u
+        if self.learn_variance:
+            guess = clean(x, output.detach(), alpha, sigma, ab)
+            told["bound"] = self._bound(x0, guess, share, t)
+            told["loss"] = told["loss"] + BOUND_WEIGHT * told["bound"]
+        return self._averaged(t, told)
+
+    def _bound(self, x0: Tensor, guess: Tensor, share: Tensor | None, t: Tensor) -> Tensor:
+        """Return T L_t / log 2 (B,) of an expected x_0: on average bits per dimension, but L_T."""
+        assert self.steps is not None  # `__init__` has seen to it
+        k = (t.double() * self.steps).round().long()
+        v = 0.0 if share is None else share
+        nats = likelihood.step_nats(x0, guess, v, k, self.schedule, self.steps)
+        return self.steps * nats.flatten(1).mean(1) / math.log(2)
+
+    def _averaged(self, t: Tensor, told: Losses) -> Losses:
+        """Return the means of losses (B,) at times t (B,), which importance sampling learns of."""
         if not isinstance(self.times, Importance):
-            return {name: each.mean() for name, each in {"loss": loss, **told}.items()}
+            return {name: each.mean() for name, each in told.items()}
         if self.training:
-            self.times.tell(t, loss)
+            self.times.tell(t, told["loss"])
         weight = self.times.weight(t)
-        losses = {name: (weight * each).mean() for name, each in {"loss": loss, **told}.items()}
+        losses = {name: (weight * each).mean() for name, each in told.items()}
         return {**losses, "known": self.times.known, "visited": self.times.visited}
 
     def _scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -264,20 +275,11 @@ class Diffusion(Model):
 
         Raises:
             ValueError: an unknown solver or grid, an option that the solver does not have, fewer
-                than one step, times that do not fall in so many steps, or guidance of a model that
-                cannot be guided.
+                than one step, times that do not fall in so many steps, a size that is not two
+                sides, or guidance of a model that cannot be guided.
         """
-        walk = self._walk(
-            condition,
-            rng,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            grid=grid,
-            size=size,
-            **own,
-        )
-        return self.codec.decode(last(walk))
+        own |= {"solver": solver, "steps": steps, "guidance": guidance, "grid": grid, "size": size}
+        return self.codec.decode(last(self._walk(condition, rng, **own)))
 
     def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
@@ -318,28 +320,30 @@ class Diffusion(Model):
             own["share"] = lambda: self.share
         if grid is None:
             times = chosen.grid(self.schedule, steps)
-        elif isinstance(grid, str):
-            times = GRIDS[_known("grid", grid, GRIDS)](self.schedule, steps)
         else:
-            times = given(grid, steps)
+            times = times_of(grid, self.schedule, steps)
         denoise = self.denoiser(condition, guidance)
-        if begin is None:
-            shape = self.codec.shape if size is None else self.codec.space(*_sides(size))
-            noise = rng.normal(*shape)
-            _, sigma = self.schedule(times[:1])
-            start = float(sigma) * noise
-        else:
-            image, share = begin
-            if not 0 < share <= 1:
-                raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+        if begin is not None:
             if size is not None:
                 raise ValueError("what is like a picture has its size; leave size out")
-            t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
-            times = torch.cat([t, times[times < 0.999 * t]])
-            alpha, sigma = self.schedule(t)
-            x0 = self.codec.encode(image)
-            start = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
-        yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
+            x, times = self._partway(*begin, times, rng)
+        else:
+            shape = self.codec.shape if size is None else self.codec.space(*_sides(size))
+            _, sigma = self.schedule(times[:1])
+            x = float(sigma) * rng.normal(*shape)
+        yield from chosen.steps(denoise, x, times, self.schedule, rng, **own)
+
+    def _partway(
+        self, image: Tensor, share: float, times: Tensor, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Return x (B, ...), images with a share of noise on them, and the times from there on."""
+        if not 0 < share <= 1:
+            raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+        t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
+        alpha, sigma = self.schedule(t)
+        x0 = self.codec.encode(image)
+        x = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
+        return x, torch.cat([t, times[times < 0.999 * t]])
 
     def vary(
         self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
