@@ -11,8 +11,6 @@ the median round is shown.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -104,14 +102,6 @@ def theirs(args: argparse.Namespace, dtype: torch.dtype, compiled: bool = False)
     return Side(name, network, call, dtype, where, optimizer)
 
 
-def processor(where: torch.device) -> str:
-    if where.type == "cuda":
-        return torch.cuda.get_device_name(where)
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=16)
@@ -136,7 +126,8 @@ def main() -> None:
     batch = [tensor.to(where) for tensor in batch]
     sizes = ", ".join(f"{sum(p.numel() for p in s.network.parameters()) / 1e6:.1f}" for s in sides)
     print(
-        f"{processor(where)}; torch {torch.__version__}, diffusers {diffusers.__version__}; "
+        f"{device.name(where)}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}; "
         f"{sizes} M parameters (diffusers embeds time and class anew in each block); batch "
         f"{args.batch} of 4x32x32, median of {args.rounds} rounds"
     )

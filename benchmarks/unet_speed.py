@@ -11,8 +11,6 @@ compile and warm up, are not counted; the median round is shown.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -130,12 +128,6 @@ def operations(side: Side, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[int, i
     return counts[0], counts[1]
 
 
-def processor() -> str:
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=16)
@@ -151,8 +143,8 @@ def main() -> None:
     shape = (args.batch, 3, 32, 32)
     batch = torch.randn(shape), torch.rand(args.batch), torch.randn(shape)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, diffusers "
-        f"{diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, batch {args.batch} of "
+        f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, batch {args.batch} of "
         f"3x32x32, median of {args.rounds} rounds"
     )
     took: dict[tuple[str, str], list[float]] = {}

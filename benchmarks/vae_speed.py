@@ -35,7 +35,6 @@ from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.models.nn.benchmarks.mnist import Decoder_Conv_AE_MNIST, Encoder_Conv_VAE_MNIST
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from torch import Tensor, nn
-from unet_speed import processor
 
 from trilemma import data as pictures
 from trilemma import device, training
@@ -179,8 +178,8 @@ def main() -> None:
     data = replace(data, images=data.images[:count], label=None, label_names=[])
     formats = ["auto"] + ["fp32"] * (device.dtype("auto", WHERE) != torch.float32)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}; {count} "
-        f"pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; ours "
+        f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"{count} pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; ours "
         f"multiplies in {str(device.dtype('auto', WHERE)).removeprefix('torch.')}"
     )
     print("\n| networks | parameters | | images/s | ratio |\n|---|---|---|---|---|")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -453,17 +452,9 @@ def _probes(trained: Trained, last: dict[str, float]) -> list[dict[str, Any]]:
 
 def _machine(device_name: str | None) -> dict[str, Any]:
     where = device.pick(device_name)
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text("utf-8").splitlines()
-        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = named[0] if named else processor
-    if where.type == "cuda":
-        processor = torch.cuda.get_device_name(where)
     return {
         "device": where.type,
-        "processor": processor,
+        "processor": device.name(where),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
