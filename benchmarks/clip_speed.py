@@ -147,7 +147,8 @@ def main() -> None:
     print(
         f"{device.name(where)}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
         f"{counts} M parameters; batch {args.batch} of 3x{args.size}x{args.size}, "
-        f"patch {args.patch}, width {args.width}, depth {args.depth}; median of {args.rounds} rounds"
+        f"patch {args.patch}, width {args.width}, depth {args.depth}; "
+        f"median of {args.rounds} rounds"
     )
     took: dict[str, list[float]] = {side.name: [] for side in sides}
     for round in range(-args.warmup, args.rounds):

@@ -144,8 +144,8 @@ def main() -> None:
     batch = torch.randn(shape), torch.rand(args.batch), torch.randn(shape)
     print(
         f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, batch {args.batch} of "
-        f"3x32x32, median of {args.rounds} rounds"
+        f"diffusers {diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, "
+        f"batch {args.batch} of 3x32x32, median of {args.rounds} rounds"
     )
     took: dict[tuple[str, str], list[float]] = {}
     for kind in ("train", "denoise"):

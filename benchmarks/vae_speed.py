@@ -179,8 +179,8 @@ def main() -> None:
     formats = ["auto"] + ["fp32"] * (device.dtype("auto", WHERE) != torch.float32)
     print(
         f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
-        f"{count} pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; ours "
-        f"multiplies in {str(device.dtype('auto', WHERE)).removeprefix('torch.')}"
+        f"{count} pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; "
+        f"ours multiplies in {str(device.dtype('auto', WHERE)).removeprefix('torch.')}"
     )
     print("\n| networks | parameters | | images/s | ratio |\n|---|---|---|---|---|")
     for name, (for_them, for_us) in networks(data.shape).items():

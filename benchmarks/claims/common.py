@@ -193,8 +193,7 @@ class Kept:
             self.found[part] = measure()
             tell(part, **self.found[part])
             whole = json.dumps({"asked": self.asked, "found": self.found}, indent=1)
-            (self.folder / ".found.json").write_text(whole)
-            checkpoint.replace(self.folder / ".found.json", self.folder / "found.json")
+            checkpoint.write_text(self.folder / "found.json", whole)
         return self.found[part]
 
     def draw(
