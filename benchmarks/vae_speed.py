@@ -37,7 +37,7 @@ from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from torch import Tensor, nn
 
 from trilemma import data as pictures
-from trilemma import device, training
+from trilemma import device, stepping
 from trilemma.data import Dataset
 from trilemma.models import autoencoder
 from trilemma.networks import convnet
@@ -148,7 +148,7 @@ def ours(
     def once() -> float:
         run.length = Length(images=run.progress.seen + len(data))
         before = run.progress.elapsed
-        training.loop(run, stream, threading.Event())
+        stepping.loop(run, stream, threading.Event())
         return run.progress.elapsed - before
 
     return once

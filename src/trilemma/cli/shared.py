@@ -87,15 +87,16 @@ def upper_part(text: str) -> float:
 
 def options(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
     """Return options given by name, and those of `key=value` pairs, their values as TOML."""
+    chosen = given
     for text in assignments or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"'{text}': expected key=value")
         try:
-            given[key] = tomllib.loads(f"value = {value}")["value"]
+            chosen[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            given[key] = value
-    return given
+            chosen[key] = value
+    return chosen
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
