@@ -52,12 +52,12 @@ def _model(trained: Trained) -> Matches:
     return trained.model
 
 
-def embed_images(trained: Trained, images: Tensor, progress: Progress = iter) -> Tensor:
+def embed_images(trained: Trained, images: Tensor) -> Tensor:
     """Map pictures, uint8 (N, C, H, W) of the model's shape, to unit vectors (N, D) on the CPU."""
     model, where = _model(trained), trained.where
     vectors = []
     with torch.inference_mode(), device.autocast(trained.dtype, where):
-        for part in progress(images.split(BATCH)):
+        for part in images.split(BATCH):
             vectors.append(model.embed_images(to_float(part.to(where))).float().cpu())
     return torch.cat(vectors)
 
