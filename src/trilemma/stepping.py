@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trilemma import alarm, checkpoint, device, distributed
 from trilemma.batch import Batch
@@ -42,9 +42,20 @@ def loop(
     quiet: bool = True,
     notes: Sequence[str] = (),
 ) -> None:
-    """Train to the end of `length`; save on the way, at the end, and when asked to stop.
+    """Train to the end of the run's length; save on the way, at the end, and when asked to stop.
 
-    `notes` are told first.
+    Args:
+        run: from where it is.
+        stream: its batches from there on.
+        asked: set when it is to save and stop.
+        probe: called with the model so far and the seconds trained; its numbers are logged.
+        probes: how often, evenly spread over the whole run.
+        quiet: show nothing.
+        notes: told first.
+
+    Raises:
+        UserError: a loss or gradient that stays non-finite.
+        Interrupted: asked to stop, after saving.
     """
     settings, progress = run.settings, run.progress
     first = run.rank == 0
@@ -85,15 +96,7 @@ def _steps(
     while done < 1.0:
         batch = next(stream).to(run.where)
         device.seed(hash((run.seed, progress.step, run.rank)) & 0x7FFFFFFF, run.where)  # dropout
-        told: dict[str, Tensor] = {}
-        trouble = None
-        for phase in run.phases:
-            if progress.step % phase.every or progress.seen < phase.start:
-                continue
-            losses, trouble = take(run, phase, batch, run.rate(done))
-            told.update(_named(losses, phase, run.phases))
-            if trouble:
-                break
+        told, trouble = _turns(run, batch, run.rate(done))
         if trouble:
             bad_in_row += 1
             log.write({"step": progress.step, "seen": progress.seen, "non_finite": trouble})
@@ -161,6 +164,20 @@ def _steps(
             + (f", {share:.2%} of what the recipe asks for" if share < 0.1 else "")
             + f"; the model is {run.out / 'model.safetensors'}"
         )
+
+
+def _turns(run: Run, batch: Batch, rate: float) -> tuple[Losses, str | None]:
+    """Take the turns of the phases whose step this is; return their losses, and any trouble."""
+    told: Losses = {}
+    for phase in run.phases:
+        if run.progress.step % phase.every or run.progress.seen < phase.start:
+            continue
+        losses, trouble = take(run, phase, batch, rate)
+        several = len(run.phases) > 1  # then the phase's name comes before a loss's
+        told |= {f"{phase.name}/{k}" if several else k: v for k, v in losses.items()}
+        if trouble:
+            return told, trouble
+    return told, None
 
 
 def take(run: Run, phase: Phase, batch: Batch, rate: float) -> tuple[Losses, str | None]:
@@ -240,11 +257,6 @@ def _skipped(data: Dataset) -> str:
     told = [f"  {path}: {reason}" for path, reason in list(data.skipped.items())[:5]]
     rest = f"\n  all of them: trilemma data check {data.name}" if len(data.skipped) > 5 else ""
     return "\n".join([f"{len(data.skipped)} files cannot be used and are left out:", *told]) + rest
-
-
-def _named(losses: Losses, phase: Phase, phases: Sequence[Phase]) -> Losses:
-    """Prefix the losses with the phase's name where there are several phases."""
-    return losses if len(phases) == 1 else {f"{phase.name}/{k}": v for k, v in losses.items()}
 
 
 def _share(done: float, parts: int) -> int:
