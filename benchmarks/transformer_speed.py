@@ -11,8 +11,6 @@ the median round is shown.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
+from unet_speed import compare
 
 from trilemma import device
 from trilemma.networks.dit import DiT
@@ -131,27 +130,7 @@ def main() -> None:
         f"{sizes} M parameters (diffusers embeds time and class anew in each block); batch "
         f"{args.batch} of 4x32x32, median of {args.rounds} rounds"
     )
-    took: dict[tuple[str, str], list[float]] = {}
-    for kind in ("train", "denoise"):
-        for round in range(-args.warmup, args.rounds):
-            for side in sides:
-                device.synchronize(where)
-                start = time.perf_counter()
-                getattr(side, kind)(*batch)
-                device.synchronize(where)
-                if round >= 0:
-                    took.setdefault((kind, side.name), []).append(time.perf_counter() - start)
-    median = {key: statistics.median(value) for key, value in took.items()}
-
-    print("\n| | training, images/s | ratio | denoising, images/s | ratio |")
-    print("|---|---|---|---|---|")
-    for side in sides:
-        cells = [side.name]
-        for kind in ("train", "denoise"):
-            seconds = median[kind, side.name]
-            ratio = median[kind, sides[0].name] / seconds
-            cells += [f"{args.batch / seconds:.1f}", f"{ratio:.2f}"]
-        print(f"| {' | '.join(cells)} |")
+    median = compare(sides, batch, args.rounds, args.warmup, where)
 
     own = sides[2]
     for kind in ("train", "denoise"):
