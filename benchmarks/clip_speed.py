@@ -15,8 +15,6 @@ turns, round by round, in one process; the first rounds are not counted; the med
 import argparse
 import importlib
 import importlib.util
-import os
-import platform
 import statistics
 import sys
 import time
@@ -125,14 +123,6 @@ def open_clip(module: str) -> ModuleType:
     return importlib.import_module(f"open_clip.{module}")
 
 
-def processor(where: torch.device) -> str:
-    if where.type == "cuda":
-        return torch.cuda.get_device_name(where)
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -155,9 +145,10 @@ def main() -> None:
     some = [next(stream).to(where) for _ in range(2)]
     counts = ", ".join(f"{sum(p.numel() for p in s.model.parameters()) / 1e6:.1f}" for s in sides)
     print(
-        f"{processor(where)}; torch {torch.__version__}; {counts} M parameters; batch {args.batch} "
-        f"of 3x{args.size}x{args.size}, patch {args.patch}, width {args.width}, "
-        f"depth {args.depth}; median of {args.rounds} rounds"
+        f"{device.name(where)}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"{counts} M parameters; batch {args.batch} of 3x{args.size}x{args.size}, "
+        f"patch {args.patch}, width {args.width}, depth {args.depth}; "
+        f"median of {args.rounds} rounds"
     )
     took: dict[str, list[float]] = {side.name: [] for side in sides}
     for round in range(-args.warmup, args.rounds):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trilemma import device, latents, recipe, training
+from trilemma import device, latents, recipe, stepping, training
 from trilemma.batch import Batch
 from trilemma.data import Dataset, batches
 from trilemma.run import Run
@@ -64,7 +64,7 @@ def steps(run: Run, stream: Iterator[Batch], count: int) -> float:
     for _ in range(count):
         batch = next(stream).to(run.where)
         for phase in run.phases:
-            training.take(run, phase, batch, run.rate(0.5))
+            stepping.take(run, phase, batch, run.rate(0.5))
         run.progress.seen += run.settings.batch
         run.update_average(run.settings.batch)
     device.synchronize(run.where)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     trained = trilemma.load(given.run)
-    where = next(trained.model.parameters()).device
+    where = trained.where
     ways = [(n, steps) for n in given.pictures for steps in given.steps]
     times, memory = defaultdict(list), {}
     trained.sample(given.batch, steps=given.steps[0], batch=given.batch)  # warms up

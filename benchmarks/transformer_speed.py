@@ -11,10 +11,6 @@ the median round is shown.
 """
 
 import argparse
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
+from unet_speed import compare
 
 from trilemma import device
 from trilemma.networks.dit import DiT
@@ -104,14 +101,6 @@ def theirs(args: argparse.Namespace, dtype: torch.dtype, compiled: bool = False)
     return Side(name, network, call, dtype, where, optimizer)
 
 
-def processor(where: torch.device) -> str:
-    if where.type == "cuda":
-        return torch.cuda.get_device_name(where)
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=16)
@@ -136,31 +125,12 @@ def main() -> None:
     batch = [tensor.to(where) for tensor in batch]
     sizes = ", ".join(f"{sum(p.numel() for p in s.network.parameters()) / 1e6:.1f}" for s in sides)
     print(
-        f"{processor(where)}; torch {torch.__version__}, diffusers {diffusers.__version__}; "
+        f"{device.name(where)}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}; "
         f"{sizes} M parameters (diffusers embeds time and class anew in each block); batch "
         f"{args.batch} of 4x32x32, median of {args.rounds} rounds"
     )
-    took: dict[tuple[str, str], list[float]] = {}
-    for kind in ("train", "denoise"):
-        for round in range(-args.warmup, args.rounds):
-            for side in sides:
-                device.synchronize(where)
-                start = time.perf_counter()
-                getattr(side, kind)(*batch)
-                device.synchronize(where)
-                if round >= 0:
-                    took.setdefault((kind, side.name), []).append(time.perf_counter() - start)
-    median = {key: statistics.median(value) for key, value in took.items()}
-
-    print("\n| | training, images/s | ratio | denoising, images/s | ratio |")
-    print("|---|---|---|---|---|")
-    for side in sides:
-        cells = [side.name]
-        for kind in ("train", "denoise"):
-            seconds = median[kind, side.name]
-            ratio = median[kind, sides[0].name] / seconds
-            cells += [f"{args.batch / seconds:.1f}", f"{ratio:.2f}"]
-        print(f"| {' | '.join(cells)} |")
+    median = compare(sides, batch, args.rounds, args.warmup, where)
 
     own = sides[2]
     for kind in ("train", "denoise"):

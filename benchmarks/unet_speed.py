@@ -11,23 +11,23 @@ compile and warm up, are not counted; the median round is shown.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from trilemma import device
 from trilemma.networks.unet import UNet
 from trilemma.optim import OPTIMIZERS
+from trilemma.profile import flops
 
 WHERE = torch.device("cpu")
 
@@ -120,20 +120,32 @@ def convolution_rate(dtype: torch.dtype) -> float:
     return rate(lambda: F.conv2d(x, w, padding=1), 2 * 16 * 16 * 16 * 256 * 256 * 9)
 
 
-def operations(side: Side, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int]:
-    """Count the floating-point operations of (training, denoising) one batch."""
-    counts = []
-    for work in (side.train, side.denoise):
-        with FlopCounterMode(display=False) as counter:
-            work(*batch)
-        counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+def compare(
+    sides: Sequence[Any], batch: Sequence[Tensor], rounds: int, warmup: int, where: torch.device
+) -> dict[tuple[str, str], float]:
+    """Print how fast each side trains and denoises, by turns; return the median seconds."""
+    took: dict[tuple[str, str], list[float]] = {}
+    for kind in ("train", "denoise"):
+        for round in range(-warmup, rounds):
+            for side in sides:
+                device.synchronize(where)
+                start = time.perf_counter()
+                getattr(side, kind)(*batch)
+                device.synchronize(where)
+                if round >= 0:
+                    took.setdefault((kind, side.name), []).append(time.perf_counter() - start)
+    median = {key: statistics.median(value) for key, value in took.items()}
 
-
-def processor() -> str:
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    print("\n| | training, images/s | ratio | denoising, images/s | ratio |")
+    print("|---|---|---|---|---|")
+    for side in sides:
+        cells = [side.name]
+        for kind in ("train", "denoise"):
+            seconds = median[kind, side.name]
+            ratio = median[kind, sides[0].name] / seconds
+            cells += [f"{len(batch[0]) / seconds:.1f}", f"{ratio:.2f}"]
+        print(f"| {' | '.join(cells)} |")
+    return median
 
 
 def main() -> None:
@@ -151,29 +163,11 @@ def main() -> None:
     shape = (args.batch, 3, 32, 32)
     batch = torch.randn(shape), torch.rand(args.batch), torch.randn(shape)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, diffusers "
-        f"{diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, batch {args.batch} of "
-        f"3x32x32, median of {args.rounds} rounds"
+        f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}; {sizes.pop() / 1e6:.1f} M parameters, "
+        f"batch {args.batch} of 3x32x32, median of {args.rounds} rounds"
     )
-    took: dict[tuple[str, str], list[float]] = {}
-    for kind in ("train", "denoise"):
-        for round in range(-args.warmup, args.rounds):
-            for side in sides:
-                start = time.perf_counter()
-                getattr(side, kind)(*batch)
-                if round >= 0:
-                    took.setdefault((kind, side.name), []).append(time.perf_counter() - start)
-    median = {key: statistics.median(value) for key, value in took.items()}
-
-    print("\n| | training, images/s | ratio | denoising, images/s | ratio |")
-    print("|---|---|---|---|---|")
-    for side in sides:
-        cells = [side.name]
-        for kind in ("train", "denoise"):
-            seconds = median[kind, side.name]
-            ratio = median[kind, sides[0].name] / seconds
-            cells += [f"{args.batch / seconds:.1f}", f"{ratio:.2f}"]
-        print(f"| {' | '.join(cells)} |")
+    median = compare(sides, batch, args.rounds, args.warmup, WHERE)
 
     print("\n| bfloat16 | billion operations per second |")
     print("|---|---|")
@@ -181,9 +175,8 @@ def main() -> None:
     peak = convolution_rate(torch.bfloat16)
     print(f"| 3x3 convolution, 256 channels at 16x16 | {peak / 1e9:.0f} |")
     own = sides[2]
-    for kind, word, count in zip(
-        ("train", "denoise"), ("training", "denoising"), operations(own, batch), strict=True
-    ):
+    for kind, word in (("train", "training"), ("denoise", "denoising")):
+        count = flops(partial(getattr(own, kind), *batch))
         speed = count / median[kind, own.name]
         print(
             f"| ours, {word}: {count / 1e9:.0f} billion operations a batch | {speed / 1e9:.0f}, "

@@ -35,10 +35,9 @@ from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.models.nn.benchmarks.mnist import Decoder_Conv_AE_MNIST, Encoder_Conv_VAE_MNIST
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from torch import Tensor, nn
-from unet_speed import processor
 
 from trilemma import data as pictures
-from trilemma import device, training
+from trilemma import device, stepping
 from trilemma.data import Dataset
 from trilemma.models import autoencoder
 from trilemma.networks import convnet
@@ -149,7 +148,7 @@ def ours(
     def once() -> float:
         run.length = Length(images=run.progress.seen + len(data))
         before = run.progress.elapsed
-        training.loop(run, stream, threading.Event())
+        stepping.loop(run, stream, threading.Event())
         return run.progress.elapsed - before
 
     return once
@@ -179,9 +178,9 @@ def main() -> None:
     data = replace(data, images=data.images[:count], label=None, label_names=[])
     formats = ["auto"] + ["fp32"] * (device.dtype("auto", WHERE) != torch.float32)
     print(
-        f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}; {count} "
-        f"pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; ours "
-        f"multiplies in {str(device.dtype('auto', WHERE)).removeprefix('torch.')}"
+        f"{device.name(WHERE)}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"{count} pictures of 1x28x28 a round, batch {args.batch}, median of {args.rounds} rounds; "
+        f"ours multiplies in {str(device.dtype('auto', WHERE)).removeprefix('torch.')}"
     )
     print("\n| networks | parameters | | images/s | ratio |\n|---|---|---|---|---|")
     for name, (for_them, for_us) in networks(data.shape).items():

@@ -12,8 +12,7 @@ import tomli_w
 from rich.console import Console
 
 import tiny
-from trilemma import comparison as comparing
-from trilemma import data, foresight, recipe, sampling
+from trilemma import data, entries, foresight, recipe, sampling
 from trilemma.comparison import compare
 from trilemma.errors import Interrupted, UserError
 from trilemma.judge import Judge
@@ -122,7 +121,7 @@ def test_finished_work_is_kept(finished, monkeypatch):
     def never(*_, **__):
         raise AssertionError("trained or judged again")
 
-    monkeypatch.setattr(comparing, "train", never)
+    monkeypatch.setattr(entries, "train", never)
     monkeypatch.setattr(Judge, "full", never)
     again = run("all", [VAE, FLOW])
     assert again["models"] == finished["models"] and again["failed"] == []
@@ -132,7 +131,7 @@ def test_more_pictures_are_judged_without_training_again(finished, monkeypatch):
     def never(*_, **__):
         raise AssertionError("trained or measured again")
 
-    monkeypatch.setattr(comparing, "train", never)
+    monkeypatch.setattr(entries, "train", never)
     monkeypatch.setattr(Judge, "speed", never)
     more = run("all", [VAE], n=60)
     assert more["request"]["n"] == 60 and more["protocol"]["n"] == 60
@@ -197,7 +196,7 @@ def test_model_too_slow_to_be_judged_does_not_take_the_others_along(tmp_path, mo
     assert failed["name"] == "flow-matching-small" and failed["speed"]["images_per_second"] == 1.0
     assert "--judge-budget 1m to judge every model by 50 pictures, or 2m to" in failed["error"]
     assert failed["error"] in (tmp_path / "out" / "report.html").read_text("utf-8")
-    monkeypatch.setattr(comparing, "train", None)
+    monkeypatch.setattr(entries, "train", None)
     made = run(tmp_path / "out", [VAE, FLOW], n=100, judge_budget=60.0, **LIGHT)
     assert len(made["models"]) == 2 and made["protocol"]["n"] == 60
 
@@ -282,9 +281,9 @@ def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "report.html").exists()
     monkeypatch.setattr(Judge, "probe", probe)
     resumed = []
-    train = comparing.train
+    train = entries.train
     monkeypatch.setattr(
-        comparing, "train", lambda *a, **o: (resumed.append((a[0], o["resume"])), train(*a, **o))[1]
+        entries, "train", lambda *a, **o: (resumed.append((a[0], o["resume"])), train(*a, **o))[1]
     )
     made = run(tmp_path / "out", [VAE, GAN])
     assert resumed == [(GAN, True)]
@@ -296,7 +295,7 @@ def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
 
 def test_run_that_was_trained_on_is_not_compared(tmp_path):
     run(tmp_path / "out", [VAE, GAN])
-    comparing.train(VAE, "photos", out=tmp_path / "out" / "quick-vae-small", images=64,
+    entries.train(VAE, "photos", out=tmp_path / "out" / "quick-vae-small", images=64,
                     resume=True, quiet=True, device_name="cpu")  # fmt: skip
     made = run(tmp_path / "out", [VAE, GAN])
     assert len(made["models"]) == 2, "finished scores are kept"
@@ -306,14 +305,14 @@ def test_run_that_was_trained_on_is_not_compared(tmp_path):
 
 
 def test_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch):
-    train = comparing.train
+    train = entries.train
 
     def breaks(name, *arguments, **options):
         if name == GAN:
             raise ZeroDivisionError("by nothing")
         return train(name, *arguments, **options)
 
-    monkeypatch.setattr(comparing, "train", breaks)
+    monkeypatch.setattr(entries, "train", breaks)
     made = run(tmp_path / "out", [GAN, VAE])
     assert [m["name"] for m in made["models"]] == ["quick-vae-small"]
     assert made["failed"][0]["error"].startswith("ZeroDivisionError: by nothing")

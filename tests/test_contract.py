@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import comparison, edit, recipe, redraw, retrieval, sampling, training
+from trilemma import comparison, edit, recipe, redraw, retrieval, sampling, stepping, training
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.conditioning import SOURCES, source_of
 from trilemma.data import batches
@@ -96,7 +96,7 @@ def test_each_phase_lowers_its_own_loss_on_one_batch(name, data):
         optimizer = torch.optim.Adam(learn, lr=1e-3)
         trace = []
         for _ in range(25):
-            with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+            with stepping.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
                 loss = phase.loss(first_batch(data))["loss"]
                 loss.backward()
             optimizer.step()
@@ -121,7 +121,7 @@ def test_every_parameter_learns_in_exactly_one_phase(name, data):
     for phase, own in zip(phases, owners, strict=True):
         reached = set()
         for seen in 3 * tiny.MOMENTS.get(name, [0]):  # zero-initialised layers hold gradients back
-            with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+            with stepping.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
                 phase.loss(first_batch(data, seen))["loss"].backward()
             reached |= {k for k, p in model.named_parameters() if p.grad is not None}
             assert reached <= own

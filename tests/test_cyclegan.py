@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from trilemma import cli, compare, drawing, evaluate, sampling, training
+from trilemma import cli, compare, drawing, evaluate, sampling, stepping, training
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -298,7 +298,7 @@ def test_it_learns_to_turn_dark_into_bright():
 
     for step in range(100):
         for phase, optimizer in zip(phases, optimizers, strict=True):
-            with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+            with stepping.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
                 phase.loss(scene(step))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -10,7 +10,7 @@ from torch import nn
 import tiny
 from gaussian import COVARIANCE, MEAN, SCHEDULES, flow
 from gaussian import exact as exact_denoiser
-from trilemma import checkpoint, recipe, sampling, training
+from trilemma import checkpoint, recipe, sampling, stepping, training
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import Pixels
 from trilemma.data import batches
@@ -343,7 +343,7 @@ def test_the_critic_and_the_student_learn_apart(data, teacher, tmp_path):
     assert own[0] | own[1] == {p for p in model.parameters() if p.requires_grad}
     given = next(batches(data, 8, seed=0, start=0))
     for phase, moved, still in zip(model.phases(), own, own[::-1], strict=True):
-        with training.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
+        with stepping.only_these_learn(model, phase.modules, {"a": 0, "b": 0}):
             phase.loss(given)["loss"].backward()
         assert any(p.grad is not None for p in moved)
         assert not any(p.grad is not None for p in still)

@@ -14,7 +14,16 @@ import torch
 from torch import nn
 
 import tiny
-from trilemma import adapters, checkpoint, finetune, preservation, recipe, sampling, training
+from trilemma import (
+    adapters,
+    checkpoint,
+    finetune,
+    preservation,
+    recipe,
+    sampling,
+    stepping,
+    training,
+)
 from trilemma import cli as command_line
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
@@ -166,7 +175,7 @@ def test_modes(name, mode, data, tmp_path):
 
 def test_only_factors_take_gradients(data, first, tmp_path, monkeypatch):
     seen = set()
-    take = training.take
+    take = stepping.take
 
     def look(run, phase, batch, rate):
         loss = phase.loss(batch)["loss"]
@@ -175,7 +184,7 @@ def test_only_factors_take_gradients(data, first, tmp_path, monkeypatch):
         run.model.zero_grad(set_to_none=True)
         return take(run, phase, batch, rate)
 
-    monkeypatch.setattr(training, "take", look)
+    monkeypatch.setattr(stepping, "take", look)
     fit(data, tmp_path / "run", init=first, tune={**LORA, "targets": ["up", "conv_out"]})
     assert seen and all(n.endswith(("weight.0.up", "weight.0.down")) for n in seen)
     assert all(".up." in n or "conv_out" in n for n in seen)

@@ -66,7 +66,7 @@ class Slow:
     """What a trained model that draws slowly says and does."""
 
     classifies = matches = translates = enlarges = repairs = conditional = False
-    draws, model, path = True, torch.nn.Linear(1, 1), "slow"
+    draws, model, path, where = True, torch.nn.Linear(1, 1), "slow", torch.device("cpu")
     data, progress = {"buckets": [], "shape": [1, 4, 4]}, {"seen": 7}
 
     def __init__(self, clock, seconds):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny
-from trilemma import checkpoint, device, training
+from trilemma import checkpoint, device, stepping, training
 from trilemma.data import load as load_data
 from trilemma.errors import Interrupted, UserError
 from trilemma.settings import Settings
@@ -163,7 +163,7 @@ def test_what_changes_nothing_learned_may_change_on_resuming(data, tmp_path, cap
 
 def poison(monkeypatch, bad_steps):
     """Make the loss not finite at these calls."""
-    plain = training.take
+    plain = stepping.take
     calls = iter(range(1000))
 
     def take(run, phase, batch, rate):
@@ -174,7 +174,7 @@ def poison(monkeypatch, bad_steps):
             )
         return plain(run, phase, batch, rate)
 
-    monkeypatch.setattr(training, "take", take)
+    monkeypatch.setattr(stepping, "take", take)
 
 
 def test_a_step_that_is_not_finite_is_named_and_skipped(data, tmp_path, monkeypatch):

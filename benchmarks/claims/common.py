@@ -12,7 +12,6 @@ Time is processor time, which other work on the machine does not spend: run with
 import argparse
 import copy
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,8 +193,7 @@ class Kept:
             self.found[part] = measure()
             tell(part, **self.found[part])
             whole = json.dumps({"asked": self.asked, "found": self.found}, indent=1)
-            (self.folder / ".found.json").write_text(whole)
-            checkpoint.replace(self.folder / ".found.json", self.folder / "found.json")
+            checkpoint.write_text(self.folder / "found.json", whole)
         return self.found[part]
 
     def draw(
@@ -335,14 +333,7 @@ def tell(what: str, **numbers: float) -> None:
 
 def publish(protocol: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a markdown table under its protocol and the machine."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    where = device.name(device.pick())
     print(f"{protocol} {where}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n")
     for cells in (columns, ["---"] * len(columns), *rows):
         print(f"| {' | '.join(cells)} |")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -29,7 +29,7 @@ from matplotlib import pyplot
 from progressive import TARGETS, Trace, reached
 
 from trilemma import data as pictures
-from trilemma import device, edit, latents, recipe, training
+from trilemma import device, edit, latents, recipe, stepping, training
 from trilemma.batch import to_float
 from trilemma.data import Dataset, batches
 from trilemma.run import Run
@@ -81,7 +81,7 @@ def fit(
         for phase in run.phases:
             if run.progress.step % phase.every or run.progress.seen < phase.start:
                 continue
-            _, trouble = training.take(run, phase, part, run.rate(min(spent / seconds, 1)))
+            _, trouble = stepping.take(run, phase, part, run.rate(min(spent / seconds, 1)))
             if trouble:
                 raise SystemExit(f"{run.spec['run']['recipe']}: {trouble}")
         run.update_average(batch)

@@ -39,7 +39,7 @@ from trilemma.models.autoencoder import VAE
 from trilemma.models.flow import Flow
 from trilemma.models.gan import GAN
 from trilemma.networks import convnet, coupling, dcgan
-from trilemma.training import only_these_learn
+from trilemma.stepping import only_these_learn
 
 SIDE, DEVIATION, UNIT = 5, 0.05, 2.5  # points are kept in units of UNIT: within [-1, 1]
 SHAPE = (3, 16, 16)

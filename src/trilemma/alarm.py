@@ -140,14 +140,13 @@ def coverage(trained: Trained, data: Dataset) -> float:
     Draws from the streams of seeds 0, 1, ...; torch's own generator stays where it is.
     """
     rows = thinned(len(data), PICTURES)
-    where = next(trained.model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    where = trained.where
     options = trained.options({})
     drawn = []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         rng = Rng(range(start, start + len(part)), where)
-        with torch.inference_mode(), device.autocast(dtype, where):
+        with torch.inference_mode(), device.autocast(trained.dtype, where):
             condition = data.condition(part).to(where)
             drawn.append(to_uint8(trained.generator.sample(condition, rng, **options)).cpu())
     see = extractor("pixels")

@@ -49,6 +49,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     replace(temporary, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(text.encode())
+    replace(temporary, path)
+
+
 def replace(temporary: Path, path: Path) -> None:
     """Flush `temporary` to the disk and give it its final name."""
     with open(temporary, "rb+") as file:

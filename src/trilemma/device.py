@@ -13,6 +13,7 @@ import platform
 import time
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,6 +44,16 @@ def pick(name: str | None = None) -> torch.device:
     if kind not in here or (index and not (index.isdigit() and int(index) < counts[kind])):
         raise UserError(f"device '{name}' is not there; this machine has {', '.join(here)}")
     return torch.device(name)
+
+
+def name(device: torch.device) -> str:
+    """Return what the maker calls a GPU, or the processor of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def dtype(precision: str, device: torch.device) -> torch.dtype:

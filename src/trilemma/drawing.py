@@ -16,6 +16,8 @@ from trilemma.batch import Rng
 from trilemma.errors import UserError
 from trilemma.sampling import Trained
 
+GAP = 2  # pixels between pictures on a sheet
+
 
 def to_pil(image: Tensor) -> Image.Image:
     """Convert one uint8 (C, H, W) image, C of 1 or 3, to a PIL image."""
@@ -23,18 +25,18 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Lay out uint8 (N, C, H, W) images in rows on white, `gap` pixels apart.
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Lay out uint8 (N, C, H, W) images in rows on white, `GAP` pixels apart.
 
     `columns` None makes a near-square grid.
     """
     n, channels, height, width = images.shape
     columns = min(n, columns or int(n**0.5 + 0.999))
     rows = -(-n // columns)
-    size = (channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    size = (channels, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
     sheet = torch.full(size, 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
         sheet[:, top : top + height, left : left + width] = image
     return to_pil(sheet)
 
@@ -64,15 +66,15 @@ def captioned(
     return sheet
 
 
-def stacked(sheets: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """Lay out sheets of any sizes one below the other on white, `gap` pixels apart."""
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Lay out sheets of any sizes one below the other on white, 4 `GAP` pixels apart."""
     width = max(sheet.width for sheet in sheets)
-    height = sum(sheet.height + gap for sheet in sheets) - gap
+    height = sum(sheet.height + 4 * GAP for sheet in sheets) - 4 * GAP
     whole = Image.new(sheets[0].mode, (width, height), "white")
     top = 0
     for sheet in sheets:
         whole.paste(sheet, (0, top))
-        top += sheet.height + gap
+        top += sheet.height + 4 * GAP
     return whole
 
 

@@ -387,7 +387,5 @@ def inference(trained: Trained) -> Iterator[torch.device]:
 
     Not in inference mode: a family may search its latents by gradients.
     """
-    where = next(trained.model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
-    with torch.no_grad(), device.autocast(dtype, where):
-        yield where
+    with torch.no_grad(), device.autocast(trained.dtype, trained.where):
+        yield trained.where

@@ -202,9 +202,8 @@ def likelihood(trained: Trained, data: Dataset, costly: bool = False) -> dict[st
     if trained.conditional and data.label_names == trained.data["label_names"]:
         label = data.condition(rows).label
         missed = math.log2(len(data.label_names)) / images[0].numel()
-    where = next(model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
-    with torch.no_grad(), device.autocast(dtype, where):
+    where = trained.where
+    with torch.no_grad(), device.autocast(trained.dtype, where):
         bits = bits_per_dimension(model, images, label, batch=BATCH, where=where) + missed
     exact = f"at most {missed:.2g} too high" if missed else "exact"
     return {
@@ -336,7 +335,7 @@ def _draw(
     trained: Trained, n: int, seed: int, options: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     options = {key: value for key, value in options.items() if value is not None}
-    batching = Batching(next(trained.model.parameters()).device, options.get("batch"))
+    batching = Batching(trained.where, options.get("batch"))
     screen = Console(stderr=True)
     batches = track(
         trained.batches(n, seed=seed, **(options | {"batch": batching})),

@@ -128,7 +128,7 @@ class Judge:
 
     def probe(self, trained: Trained) -> dict[str, Any]:
         """Return quick scores, or `skipped` and why when drawing would take too long."""
-        where = next(trained.model.parameters()).device
+        where = trained.where
         once, each = foresee(lambda size: trained.sample(size, seed=self.seed), where, PATIENCE)
         needed = math.ceil(self.probe_n / BATCH) * once + self.probe_n * each
         if needed > PATIENCE:
@@ -216,9 +216,8 @@ class Judge:
         if cost["batch"] >= size:
             return torch.cat(list(batches)), cost
         parts: list[Tensor] = []
-        where = next(trained.model.parameters()).device
         start = time.perf_counter()
-        memory = peak_memory(lambda: parts.append(next(batches)), where)
+        memory = peak_memory(lambda: parts.append(next(batches)), trained.where)
         parts += islice(batches, self.n // size - 1)  # what is left is no whole batch
         rate = size * len(parts) / (time.perf_counter() - start)
         by_batch = {**cost["by_batch"], str(size): rate}

@@ -86,7 +86,7 @@ class Previews:
 
 def _within(trained: Trained, n: int, size: Sequence[int] | None, allowed: float) -> Tensor:
     """Draw as many of n pictures as are done in `allowed` seconds, one at least."""
-    doubling = Doubling(next(trained.model.parameters()).device, allowed)
+    doubling = Doubling(trained.where, allowed)
     drawn = []
     for images in trained.batches(n, batch=doubling, size=size):
         drawn.append(images)

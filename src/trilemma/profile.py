@@ -30,7 +30,7 @@ from trilemma import recipe
 from trilemma.batch import Batch, Condition, Rng
 from trilemma.errors import UserError
 from trilemma.model import Model
-from trilemma.training import only_these_learn
+from trilemma.stepping import only_these_learn
 
 PICTURES = 4  # of the batch; some layers look at several
 CLASSES = 10

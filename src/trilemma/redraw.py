@@ -75,14 +75,13 @@ def vary(
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; expected more than 0 and at most 1")
     check(trained, images)
-    options = trained.opened(options)
-    model, chosen = _redrawing(trained), _options(trained, options, label, text, "sample")
+    model = _redrawing(trained)
+    said, chosen = _asked(trained, n, label, text, options, "sample")
 
     def draw(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         drawn = model.vary(to_float(part).to(rng.device), strength, condition, rng, **chosen)
         return to_uint8(drawn).cpu()
 
-    said = _said(trained, n, label, text, options)
     return _drawn(trained, images, n, seed, said, track, draw)
 
 
@@ -124,13 +123,13 @@ def inpaint(
             f"the mask is {mask.dtype} of {tuple(mask.shape)} and hides {int(mask.sum())} pixels; "
             f"expected booleans of {tuple(images.shape[2:])}, some of them true, where to draw"
         )
-    options = trained.opened(options)
-    draw = _painting(trained, options, label, text)
+    model = _redrawing(trained, filling=True)
+    said, chosen = _asked(trained, n, label, text, options, "inpaint")
+    draw = _painting(model, chosen)
 
     def paint(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         return draw(part[:, :-1], part[:, -1:].bool(), condition, rng)
 
-    said = _said(trained, n, label, text, options)
     hidden = mask.expand(len(images), *mask.shape[-2:])[:, None].byte()
     return _drawn(trained, torch.cat([images, hidden], 1), n, seed, said, track, paint)
 
@@ -170,8 +169,9 @@ def outpaint(
     top, bottom, left, right = margins
     if min(margins) < 0 or not any(margins):
         raise UserError(f"margins of {list(margins)} pixels: expected 0 or more, and some above 0")
-    options = trained.opened(options)
-    draw = _painting(trained, options, label, text)
+    model = _redrawing(trained, filling=True)
+    said, chosen = _asked(trained, n, label, text, options, "inpaint")
+    draw = _painting(model, chosen)
     height, width = images.shape[2:]
     windows = [(y, x) for y in _places(top, bottom, height) for x in _places(left, right, width)]
     windows.sort(key=lambda at: abs(at[0] - top) / height + abs(at[1] - left) / width)
@@ -187,7 +187,6 @@ def outpaint(
                 hidden[place] = False
         return canvas
 
-    said = _said(trained, n, label, text, options)
     return _drawn(trained, images, n, seed, said, track, paint)
 
 
@@ -227,15 +226,13 @@ def repair(
             f"the sources are {sources.dtype} of {tuple(sources.shape)}; {trained.name} draws from "
             f"uint8 pictures of {expected}"
         )
-    options = trained.opened(options)
-    chosen = _options(trained, options, label, text, "sample")
+    said, chosen = _asked(trained, n, label, text, options, "sample")
 
     def draw(part: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given = to_float(part).to(rng.device)
         told = replace(condition, source=given)
         return to_uint8(trained.generator.sample(told, rng, **chosen)).cpu()
 
-    said = _said(trained, n, label, text, options)
     return _drawn(trained, sources, n, seed, said, track, draw)
 
 
@@ -346,14 +343,17 @@ def _places(before: int, after: int, side: int) -> list[int]:
     return [before, *back, *ahead]
 
 
-def _redrawing(trained: Trained) -> HasRedrawing:
+def _redrawing(trained: Trained, filling: bool = False) -> HasRedrawing:
+    """Return the model as what redraws pictures; with `filling`, one trained with masks can too."""
     model = trained.model
     if not isinstance(model, HasRedrawing):
         raise UserError(
             f"{trained.name} is a {type(model).__name__}, which redraws no pictures; "
             "use a diffusion model, such as quick-diffusion"
         )
-    if trained.repairs and source(trained):
+    masks = source_of(trained.model)
+    fills = filling and masks is not None and masks.kind == "masked"
+    if trained.repairs and not fills and source(trained):
         raise UserError(
             f"{trained.name} draws what given pictures lack and redraws none; use a diffusion "
             "model without a source, such as quick-diffusion"
@@ -362,18 +362,9 @@ def _redrawing(trained: Trained) -> HasRedrawing:
 
 
 def _painting(
-    trained: Trained,
-    opened: dict[str, Any],
-    label: str | int | None,
-    text: str | Sequence[str] | None,
+    model: HasRedrawing, chosen: dict[str, Any]
 ) -> Callable[[Tensor, Tensor, Condition, Rng], Tensor]:
     """Return (images, masks (B, 1, H, W), condition, rng) -> images, the known part untouched."""
-    model = trained.model
-    masks = source_of(model)
-    if masks is None or masks.kind != "masked":
-        model = _redrawing(trained)  # type: ignore[assignment]
-    assert isinstance(model, HasRedrawing)
-    chosen = _options(trained, opened, label, text, "inpaint")
 
     def paint(images: Tensor, mask: Tensor, condition: Condition, rng: Rng) -> Tensor:
         given, hidden = to_float(images).to(rng.device), mask.float().to(rng.device)
@@ -383,32 +374,27 @@ def _painting(
     return paint
 
 
-def _options(
-    trained: Trained,
-    opened: dict[str, Any],
-    label: str | int | None,
-    text: str | Sequence[str] | None,
-    verb: str,
-) -> dict[str, Any]:
-    """Return the arguments of the family's verb."""
-    given = {name: value for name, value in opened.items() if value is not None}
-    return trained.arguments({**told(trained, given, label, text, verb), **given})
-
-
-def _said(
+def _asked(
     trained: Trained,
     n: int,
     label: str | int | None,
     text: str | Sequence[str] | None,
-    opened: dict[str, Any],
-) -> Condition:
-    """Return what is said of the n pictures that are drawn of each."""
+    options: dict[str, Any],
+    verb: str,
+) -> tuple[Condition, dict[str, Any]]:
+    """Return what is said of the n pictures drawn of each, and the arguments of the family's verb.
+
+    Raises:
+        UserError: n below 1; an unknown class, text or option.
+    """
+    opened = trained.opened({name: value for name, value in options.items() if value is not None})
+    chosen = trained.arguments({**told(trained, opened, label, text, verb), **opened})
     if n < 1:
         raise UserError(f"{n} pictures of each were asked for; expected at least 1")
     labels = None if label is None else trained.labels(n, label, opened.get("classifier"))
     clip = opened.get("clip")
     texts = None if text is None and clip is None else trained.texts(n, text, clip)
-    return Condition(n, labels, text=texts)
+    return Condition(n, labels, text=texts), chosen
 
 
 def _drawn(

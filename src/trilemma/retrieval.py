@@ -52,22 +52,20 @@ def _model(trained: Trained) -> Matches:
     return trained.model
 
 
-def embed_images(trained: Trained, images: Tensor, progress: Progress = iter) -> Tensor:
+def embed_images(trained: Trained, images: Tensor) -> Tensor:
     """Map pictures, uint8 (N, C, H, W) of the model's shape, to unit vectors (N, D) on the CPU."""
-    model, where = _model(trained), next(trained.model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    model, where = _model(trained), trained.where
     vectors = []
-    with torch.inference_mode(), device.autocast(dtype, where):
-        for part in progress(images.split(BATCH)):
+    with torch.inference_mode(), device.autocast(trained.dtype, where):
+        for part in images.split(BATCH):
             vectors.append(model.embed_images(to_float(part.to(where))).float().cpu())
     return torch.cat(vectors)
 
 
 def embed_texts(trained: Trained, texts: Sequence[str]) -> Tensor:
     """Map texts to unit vectors (N, D) on the CPU."""
-    model, where = _model(trained), next(trained.model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
-    with torch.inference_mode(), device.autocast(dtype, where):
+    model, where = _model(trained), trained.where
+    with torch.inference_mode(), device.autocast(trained.dtype, where):
         parts = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
         return torch.cat([model.embed_texts(part).float().cpu() for part in parts])
 

@@ -144,9 +144,7 @@ class Run:
 
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        temporary = self.out / ".recipe.toml.tmp"
-        temporary.write_bytes(tomli_w.dumps(self.spec).encode())
-        checkpoint.replace(temporary, self.out / "recipe.toml")
+        checkpoint.write_text(self.out / "recipe.toml", tomli_w.dumps(self.spec))
 
     def save(self) -> None:
         """Write the run's state and its model; the first process does it for all."""

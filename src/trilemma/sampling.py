@@ -63,6 +63,16 @@ class Trained:
         return self.recipe["run"]["recipe"]
 
     @property
+    def where(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of matrix products, that which it was trained in."""
+        return device.dtype(self.recipe["train"].get("precision", "auto"), self.where)
+
+    @property
     def sample_defaults(self) -> dict[str, Any]:
         """The recipe's defaults for `sample`; guidance only where there is what to guide by.
 
@@ -189,8 +199,7 @@ class Trained:
         opened = dict(given)
         for name in ("guide_with", "classifier", "clip"):
             if isinstance(opened.get(name), str | Path):
-                where = next(self.model.parameters()).device
-                opened[name] = load(opened[name], where.type)
+                opened[name] = load(opened[name], self.where.type)
         judge = opened.get("classifier")
         if judge is not None and not judge.classifies:
             raise UserError(
@@ -349,7 +358,7 @@ class Trained:
                 f"use trilemma edit repair {self.path} PICTURES --out DIR, "
                 "or edit inpaint for what a mask hides"
             )
-        where = next(self.model.parameters()).device
+        where = self.where
         batching = batch if isinstance(batch, Batching) else Batching(where, batch)
         if n < 1 or batching.size < 1:
             raise UserError(f"asked for {n} images in batches of {batch}; both must be at least 1")
@@ -357,7 +366,7 @@ class Trained:
         labels = self.labels(n, label, options.get("classifier"))
         texts = self.texts(n, text, options.get("clip"))
         chosen = self.arguments({**self.options(options), **options})
-        dtype = device.dtype(self.recipe["train"].get("precision", "auto"), where)
+        dtype = self.dtype
         followed = ("guide", "classifier", "clip")
         by_gradients = any(options.get(name) is not None for name in followed)
         without = torch.no_grad if by_gradients else torch.inference_mode

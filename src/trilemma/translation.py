@@ -47,12 +47,11 @@ def translate(
             f"on uint8 pictures of {expected}"
         )
     options = trained.options({"direction": direction})
-    where = next(trained.model.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    where = trained.where
     made = [torch.empty(0, *expected, dtype=torch.uint8)]
     for part in images.split(batch):
         condition = Condition(len(part), source=to_float(part).to(where))
-        with torch.inference_mode(), device.autocast(dtype, where):
+        with torch.inference_mode(), device.autocast(trained.dtype, where):
             drawn = trained.generator.sample(condition, Rng(range(len(part)), where), **options)
         made.append(to_uint8(drawn).cpu())
     return torch.cat(made)

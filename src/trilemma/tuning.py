@@ -94,7 +94,7 @@ def _distance(drawn: Tensor, target: Tensor) -> float:
 
 def _draw(trained: sampling.Trained, seeds: range, options: dict[str, Any]) -> Tensor:
     """Draw float pictures (n, C, H, W), in float32: differences are too small for less."""
-    where = next(trained.model.parameters()).device
+    where = trained.where
     labels = trained.labels(len(seeds), None)
     rng = Rng(seeds, where)
     has = trained.attributes(rng, None)

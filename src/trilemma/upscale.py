@@ -52,8 +52,7 @@ def enlarge(trained: Trained, images: Tensor, tile: int = TILE) -> Tensor:
         )
     factor, reach = generator.factor, generator.reach
     n, channels, height, width = images.shape
-    where = next(generator.parameters()).device
-    dtype = device.dtype(trained.recipe["train"].get("precision", "auto"), where)
+    where = trained.where
     made = torch.empty(n, channels, factor * height, factor * width, dtype=torch.uint8)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -61,7 +60,7 @@ def enlarge(trained: Trained, images: Tensor, tile: int = TILE) -> Tensor:
             above, before = max(top - reach, 0), max(left - reach, 0)  # where the margin begins
             part = images[:, :, above : bottom + reach, before : right + reach]
             condition = Condition(n, source=to_float(part).to(where))
-            with torch.inference_mode(), device.autocast(dtype, where):
+            with torch.inference_mode(), device.autocast(trained.dtype, where):
                 drawn = trained.generator.sample(condition, Rng(range(n), where))
             y, x = factor * (top - above), factor * (left - before)
             made[:, :, factor * top : factor * bottom, factor * left : factor * right] = to_uint8(

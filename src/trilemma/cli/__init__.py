@@ -14,7 +14,7 @@ from trilemma.errors import Interrupted, UserError
 
 # isort: off
 # These say what commands are, in the order of the help.
-from trilemma.cli import training, drawing, looking, pictures, edit, checkpoints  # noqa: F401
+from trilemma.cli import training, drawing, looking, pictures, edit, redraw, checkpoints  # noqa: F401
 
 # isort: on
 

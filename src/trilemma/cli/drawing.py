@@ -163,7 +163,7 @@ def sample(
         "negative": negative,
         "clip": clip,
         "clip_scale": clip_scale,
-        **options(option or []),
+        **options(option),
     }
     from rich.progress import track
 

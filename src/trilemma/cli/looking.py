@@ -152,7 +152,7 @@ def evaluate(
     """Measure quality, coverage, memorisation and speed against real pictures."""
     from trilemma import evaluation, sampling
 
-    chosen = {"steps": steps, "solver": solver, "guidance": guidance, **options(option or [])}
+    chosen = options(option, steps=steps, solver=solver, guidance=guidance)
     chosen = {key: value for key, value in chosen.items() if value is not None}
     subject: Any = what
     if what.name == "model.safetensors" or (what / "model.safetensors").exists():

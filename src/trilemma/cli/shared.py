@@ -85,10 +85,10 @@ def upper_part(text: str) -> float:
     return share
 
 
-def options(assignments: list[str]) -> dict[str, Any]:
-    """Read `key=value` pairs, values as TOML."""
-    chosen = {}
-    for text in assignments:
+def options(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
+    """Return options given by name, and those of `key=value` pairs, their values as TOML."""
+    chosen = given
+    for text in assignments or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"'{text}': expected key=value")
@@ -183,3 +183,30 @@ def wrote(paths: list[Path], as_json: bool, **told: float) -> None:
         say({"images": [str(path) for path in paths[:-1]], "grid": str(paths[-1]), **told})
     else:
         screen.print(f"{len(paths) - 1} pictures, all on one sheet in {paths[-1]}")
+
+
+def save_rows(
+    trained: Any,
+    made: Any,
+    out: Path,
+    facts: dict[str, Any],
+    as_json: bool,
+    before: Any = None,
+    after: Any = None,
+) -> None:
+    """Write what was made of each picture, (N, n, C, H, W), and tell of it.
+
+    A row of the sheet is what was made of one, with its picture of `before` and of `after` beside
+    it, (N, C, H, W).
+    """
+    import torch
+
+    from trilemma import drawing, edit
+
+    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=made.shape[1])
+    if before is not None or after is not None:
+        columns = (before, made, after)
+        shown = [each if each is made else each[:, None] for each in columns if each is not None]
+        rows = torch.cat(shown, 1)[:16]
+        drawing.grid(rows.flatten(0, 1), rows.shape[1]).save(paths[-1])
+    wrote(paths, as_json)

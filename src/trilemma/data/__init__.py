@@ -81,7 +81,6 @@ def load_buckets(
     split: str = "train",
     multiple: int = 1,
     channels: int | None = None,
-    background: str = "white",
     captions: Sequence[str] = (),
 ) -> list[Dataset]:
     """Load pictures in a few sizes of about size x size pixels, each as near its own as can be.
@@ -89,7 +88,7 @@ def load_buckets(
     Returns one Dataset for each size that any picture has (`buckets`), of the same classes; other
     arguments as `load`.
     """
-    settings = Settings(size, multiple, channels, background, False, tuple(captions), buckets=True)
+    settings = Settings(size, multiple, channels, "white", False, tuple(captions), buckets=True)
     return _load(source, split, settings)
 
 

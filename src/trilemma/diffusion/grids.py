@@ -102,3 +102,16 @@ GRIDS: dict[str, Grid] = {
     "even_log_snr": even_log_snr,
     "karras": karras,
 }
+
+
+def times_of(grid: str | Sequence[float], schedule: Schedule, steps: int) -> Tensor:
+    """Return the times (steps + 1,) of a grid that is named, or told time by time.
+
+    Raises:
+        ValueError: an unknown name; as `given`.
+    """
+    if not isinstance(grid, str):
+        return given(grid, steps)
+    if grid not in GRIDS:
+        raise ValueError(f"grid '{grid}' is not known; expected one of {', '.join(GRIDS)}")
+    return GRIDS[grid](schedule, steps)

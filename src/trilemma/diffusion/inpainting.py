@@ -1,4 +1,4 @@
-"""Inpainting with a denoiser that was never trained for it.
+"""Inpainting, also with a denoiser that was never trained for it.
 
 Lugmayr et al. 2022, "RePaint: Inpainting using Denoising Diffusion Probabilistic Models", algorithm
 1: after every step the known part of x_t is replaced by the known picture with fresh noise of that
@@ -12,19 +12,64 @@ a step forward before each repetition:
     x_s = r x_t + (sigma_s^2 - r^2 sigma_t^2)^(1/2) noise,    r = alpha_s / alpha_t,    s > t.
 
 With one time each, what is drawn fits the known part's noise, and hardly the known part.
+
+A model that was trained with masks is told the mask and samples as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trilemma.batch import Rng
-from trilemma.diffusion.guidance import Denoiser, level
+from trilemma.batch import Condition, Rng
+from trilemma.conditioning import masked, source_of
+from trilemma.diffusion.grids import even_share
+from trilemma.diffusion.guidance import Denoiser, Guidance, level
 from trilemma.diffusion.schedules import Schedule
-from trilemma.diffusion.solvers import ddpm
+from trilemma.diffusion.solvers import ddpm, last
+
+if TYPE_CHECKING:
+    from trilemma.models.diffusion import Diffusion
+
+
+def inpaint(
+    model: Diffusion,
+    image: Tensor,
+    mask: Tensor,
+    condition: Condition,
+    rng: Rng,
+    *,
+    steps: int,
+    resample: int,
+    guidance: float | Guidance,
+) -> Tensor:
+    """Draw what is hidden of images, and keep the rest: `models.diffusion.Diffusion.inpaint`."""
+    if mask.shape != (len(image), 1, *image.shape[2:]):
+        raise ValueError(
+            f"a mask {tuple(mask.shape)} was given for images {tuple(image.shape)}; "
+            f"expected {(len(image), 1, *image.shape[2:])}"
+        )
+    if steps < 1 or resample < 1:
+        raise ValueError(f"steps is {steps} and resample {resample}; expected at least 1")
+    hidden = mask > 0.5
+    image = torch.where(hidden, 0.0, image)
+    source = source_of(model.conditioner)
+    if source is not None and source.kind == "masked":
+        told = replace(condition, source=masked(image, mask))
+        drawn = model.sample(told, rng, steps=steps, guidance=guidance)
+    else:
+        known = model.codec.encode(image)
+        place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
+        denoise = model.denoiser(condition, guidance)
+        times = even_share(model.schedule, steps)
+        painting = repaint(denoise, known, place, times, model.schedule, rng, resample)
+        drawn = model.codec.decode(last(painting))
+    return torch.where(hidden, drawn, image)
 
 
 def repaint(

@@ -28,19 +28,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trilemma.batch import Rng
+from trilemma.batch import Condition, Rng, to_uint8
+from trilemma.codecs import Pixels
 from trilemma.diffusion.grids import CLEANEST
 from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.schedules import Schedule
 
+if TYPE_CHECKING:
+    from trilemma.models.diffusion import Diffusion
+
 FARTHEST = 100.0  # tan(c p) at pure noise
+FLOW_STEPS = 16  # of Runge and Kutta's method, four network calls each and their gradients
 
 Guess = Callable[[Tensor, float], tuple[Tensor, Tensor | float]]
 """x_t (B, ...), t -> the expected x_0 (B, ...), and the share v (B, ...) of the large variance."""
+
+
+def log_prob(model: Diffusion, image: Tensor, label: Tensor | None = None) -> Tensor:
+    """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
+
+    With continuous times the density by the flow, else the bound by the steps, with the small
+    variance or the learned one. A picture's noise is a function of the picture. In float32, for
+    bfloat16 is too coarse for sums over many calls.
+
+    Raises:
+        ValueError: a model of latents, or a continuous one that was not trained with dequantise.
+    """
+    if type(model.codec) is not Pixels:
+        raise ValueError(
+            f"a model of {type(model.codec).__name__} tells no likelihood of pictures; "
+            "ask one with codecs.Pixels"
+        )
+    if not model.discrete and not model.dequantise:
+        raise ValueError(
+            "the density of pictures is asked of a model that learned their levels, where it "
+            "has no bound; train one with --set model.dequantise=true"
+        )
+    levels = to_uint8(image).flatten(1).long()
+    place = torch.arange(1, levels.shape[1] + 1, device=levels.device)
+    rng = Rng((levels * place).sum(1), image.device)
+    with torch.autocast(image.device.type, enabled=False):
+        embedded = model.conditioner(Condition(len(image), label))
+        denoise: Denoiser = lambda x, t: model.denoise(x, t, embedded)  # noqa: E731
+        if model.steps is None:
+            return flow_log_prob(denoise, image, model.schedule, rng)
+
+        def guess(x: Tensor, t: float) -> tuple[Tensor, Tensor | float]:
+            x0 = denoise(x, t).clamp(-1, 1)
+            return x0, 0.0 if model.share is None else model.share
+
+        return step_bound(guess, image, model.schedule, rng, model.steps)
 
 
 def flow_log_prob(
@@ -49,7 +91,7 @@ def flow_log_prob(
     schedule: Schedule,
     rng: Rng,
     *,
-    steps: int = 16,
+    steps: int = FLOW_STEPS,
     gaussian: bool = False,
 ) -> Tensor:
     """Return the log density (B,) in nats of x0 (B, ...) under the flow from noise to pictures.

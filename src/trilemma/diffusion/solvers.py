@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -279,6 +280,11 @@ def check(name: str, own: Mapping[str, Any]) -> Solver:
                 f"solver {name}'s option '{key}' is {value!r}; expected such as {options[key]!r}"
             )
     return SOLVERS[name]
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    """Go all the way and return where it ends."""
+    return deque(states, maxlen=1).pop()
 
 
 SOLVERS: dict[str, Solver] = {

@@ -147,8 +147,11 @@ class Adversarial(Consistency):
         teacher: whose paths they are, with the student's schedule.
         critic: maps x (B, C, H, W) and label vectors (B, K) to scores (B,).
         steps: of sampling, on the grid even_share, at whose times the critic looks.
+        guidance: of the teacher.
+        gap: as `Consistency` takes it; here it begins at half the noise.
+        halving: as `Consistency` takes it.
+        smallest: as `Consistency` takes it.
         weight: of the critic's word.
-        more: as `Consistency` takes it.
 
     Raises:
         ValueError: no step.

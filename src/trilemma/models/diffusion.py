@@ -20,49 +20,48 @@ step's variance lies. It learns from the bound on the likelihood, which x_0 does
 
 The loss "bound" is T L_t / log 2 alone, which x_0 and the variance both learn from, for the best
 likelihood; it varies so much over t that times are to be drawn by importance (their section 3.3).
+
+What stands in brackets above is told in the files of `trilemma.diffusion`: schedules, targets,
+weights, times; and how a denoiser draws, in solvers, grids and guidance.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilemma.batch import Batch, Condition, Rng, dequantise, to_uint8
+from trilemma.batch import Batch, Condition, Rng, dequantise
 from trilemma.codecs import Latents, Pixels, encoded
-from trilemma.conditioning import Conditioner, Labels, masked, source_of
-from trilemma.diffusion.grids import CLEANEST, GRIDS, even_share, given, karras
+from trilemma.conditioning import Conditioner, Labels
+from trilemma.diffusion import inpainting, inversion, likelihood
+from trilemma.diffusion.grids import CLEANEST, times_of
 from trilemma.diffusion.guidance import Denoiser, Guidance, clipped, guided
-from trilemma.diffusion.inpainting import repaint
 from trilemma.diffusion.levels import combine
-from trilemma.diffusion.likelihood import flow_log_prob, step_bound, step_nats
 from trilemma.diffusion.pairing import PAIRINGS
 from trilemma.diffusion.schedules import Linear, Schedule
-from trilemma.diffusion.solvers import SOLVERS, check, heun
+from trilemma.diffusion.solvers import SOLVERS, check, last
 from trilemma.diffusion.targets import TARGETS, clean
 from trilemma.diffusion.times import Importance, Uniform
 from trilemma.diffusion.weights import LOSSES, Even, Uncertainty
 from trilemma.model import Losses, Model, Phase
-from trilemma.networks.layers import Embedded, check_shape
+from trilemma.networks.layers import Embedded
 
 if TYPE_CHECKING:
     from trilemma.models.distillation import Objective
 
 SOLVER, STEPS = "dpmpp_2m", 20  # of `sample`, if nothing is said
-INVERSION_STEPS = 25  # of Heun's method, two network calls each, from picture to noise or back
-LIKELIHOOD_STEPS = 16  # of Runge and Kutta's method, four network calls each and their gradients
 BOUND_WEIGHT = 1e-3  # lambda of Nichol & Dhariwal 2021
 
 
 class Diffusion(Model):
-    """A denoiser and the ways to sample with it.
+    """A denoiser: how it learns (`loss`), what it expects (`denoise`), and drawing (`sample`).
+
+    After these stands what else a denoiser can do, each in a few lines or a module of its own.
 
     Args:
         codec: the space it works in.
@@ -158,41 +157,47 @@ class Diffusion(Model):
         """Return the weighted error of the network's output at random times."""
         rng = batch.rng
         if self.dequantise:
-            noise = rng.uniform(*batch.image.shape[1:])
-            x0 = self.codec.encode(dequantise(batch.image, noise))
+            x0 = self.codec.encode(dequantise(batch.image, rng.uniform(*batch.image.shape[1:])))
         else:
             x0 = encoded(self.codec, batch)
         t = self.times(rng, self.schedule)  # (B,)
-        noise = rng.normal(*x0.shape[1:])
         of_a_kind = batch.condition.label if getattr(self.conditioner, "classes", 0) else None
-        noise = self.pair(noise, x0, of_a_kind)
+        noise = self.pair(rng.normal(*x0.shape[1:]), x0, of_a_kind)
         alpha, sigma = (_like(v, x0) for v in self.schedule(t))
         a, b = ab = self.target(alpha, sigma)
         x = alpha * x0 + sigma * noise
         embedded = self.conditioner(batch.condition, rng, batch.image)
         output, share = self._estimate(x, t, self._scale(alpha, sigma), embedded)
-        told: Losses = {}  # (B,) each
-        if self.error is not None:
-            error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
-            loss = error.flatten(1).mean(1)
-            if self.uncertainty is not None:
-                u = self.uncertainty(t)
-                told["error"] = loss
-                loss = loss * (-u).exp() + u
-        if (self.learn_variance or self.error is None) and self.steps is not None:
-            known = output if self.error is None else output.detach()
-            guess = clean(x, known, alpha, sigma, ab)
-            k = (t.double() * self.steps).round().long()
-            v = 0.0 if share is None else share
-            nats = step_nats(x0, guess, v, k, self.schedule, self.steps).flatten(1).mean(1)
-            told["bound"] = bound = self.steps * nats / math.log(2)  # bits per dimension, but L_T
-            loss = bound if self.error is None else loss + BOUND_WEIGHT * bound
+        if self.error is None:
+            bound = self._bound(x0, clean(x, output, alpha, sigma, ab), share, t)
+            return self._averaged(t, {"loss": bound, "bound": bound})
+        error = self.weight(alpha, sigma, ab) * self.error(output, a * x0 + b * noise)
+        told = {"loss": error.flatten(1).mean(1)}  # (B,) each
+        if self.uncertainty is not None:
+            u, told["error"] = self.uncertainty(t), told["loss"]
+            told["loss"] = told["error"] * (-u).exp() + u
+        if self.learn_variance:
+            guess = clean(x, output.detach(), alpha, sigma, ab)
+            told["bound"] = self._bound(x0, guess, share, t)
+            told["loss"] = told["loss"] + BOUND_WEIGHT * told["bound"]
+        return self._averaged(t, told)
+
+    def _bound(self, x0: Tensor, guess: Tensor, share: Tensor | None, t: Tensor) -> Tensor:
+        """Return T L_t / log 2 (B,) of an expected x_0: on average bits per dimension, but L_T."""
+        assert self.steps is not None  # `__init__` has seen to it
+        k = (t.double() * self.steps).round().long()
+        v = 0.0 if share is None else share
+        nats = likelihood.step_nats(x0, guess, v, k, self.schedule, self.steps)
+        return self.steps * nats.flatten(1).mean(1) / math.log(2)
+
+    def _averaged(self, t: Tensor, told: Losses) -> Losses:
+        """Return the means of losses (B,) at times t (B,), which importance sampling learns of."""
         if not isinstance(self.times, Importance):
-            return {name: each.mean() for name, each in {"loss": loss, **told}.items()}
+            return {name: each.mean() for name, each in told.items()}
         if self.training:
-            self.times.tell(t, loss)
+            self.times.tell(t, told["loss"])
         weight = self.times.weight(t)
-        losses = {name: (weight * each).mean() for name, each in {"loss": loss, **told}.items()}
+        losses = {name: (weight * each).mean() for name, each in told.items()}
         return {**losses, "known": self.times.known, "visited": self.times.visited}
 
     def _scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -217,11 +222,6 @@ class Diffusion(Model):
         output, between = output.chunk(2, dim=1)
         return output, (1 + between) / 2
 
-    def _network(self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded) -> Tensor:
-        output, share = self._estimate(x, t, scale, embedded)
-        self.share = None if share is None else share.detach()
-        return output
-
     def denoise(self, x: Tensor, t: float | Tensor, embedded: Embedded) -> Tensor:
         """Return the x_0 (B, ...) that the network expects behind x_t, at one t or times (B,)."""
         if isinstance(t, Tensor):
@@ -233,6 +233,11 @@ class Diffusion(Model):
         output = self._network(x, torch.full((len(x),), t, device=x.device), scale, embedded)
         return combine((of_x, x), (of_output, output))
 
+    def _network(self, x: Tensor, t: Tensor, scale: float | Tensor, embedded: Embedded) -> Tensor:
+        output, share = self._estimate(x, t, scale, embedded)
+        self.share = None if share is None else share.detach()
+        return output
+
     def denoiser(self, condition: Condition, guidance: float | Guidance = 1.0) -> Denoiser:
         """Return x_t, t -> x_0 under a condition, guided and kept within the codec's bounds.
 
@@ -243,103 +248,48 @@ class Diffusion(Model):
         denoise = guided(self, condition, asked)
         return clipped(denoise, *self.codec.bounds) if self.codec.bounds else denoise
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of.
+    def sample(
+        self,
+        condition: Condition,
+        rng: Rng,
+        *,
+        solver: str = SOLVER,
+        steps: int = STEPS,
+        guidance: float | Guidance = 1.0,
+        grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+        **own: Any,
+    ) -> Tensor:
+        """Draw images (B, C, H, W) in [-1, 1].
 
-        The probability-flow equation followed from picture to noise (Song et al. 2021, "Denoising
-        Diffusion Implicit Models", section 4.3), with nothing said of the picture.
-        """
-        times = karras(self.schedule, INVERSION_STEPS)[:-1].flip(0)  # from all but clean to noise
-        alpha, _ = self.schedule(times[:1])
-        return self._flow(float(alpha) * self.codec.encode(image), times)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1] by the same equation.
-
-        Raises:
-            ValueError: noise of another shape.
-        """
-        check_shape("latents", latent, *self.codec.shape)
-        return self.codec.decode(self._flow(latent, karras(self.schedule, INVERSION_STEPS)))
-
-    def _flow(self, x: Tensor, times: Tensor) -> Tensor:
-        rng = Rng(torch.zeros(len(x), dtype=torch.int64), x.device)  # heun draws nothing
-        nothing = self.conditioner.nothing(Condition(len(x)))
-        denoise: Denoiser = lambda x, t: self.denoise(x, t, nothing)  # noqa: E731
-        return deque(heun(denoise, x, times, self.schedule, rng), maxlen=1).pop()
-
-    def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
-        """Return the expected clean images behind images (B, C, H, W) of noise deviations (B,).
-
-        x + deviation noise is x_t / alpha at the time when sigma / alpha = deviation, and there the
-        network's x_0 is the mean of all pictures that may lie behind: no other estimate has a
-        smaller squared error. One network call, with nothing said of the picture.
+        Args:
+            condition: what to draw; a label of None draws from all classes.
+            rng: one stream per image.
+            solver: one of `SOLVERS`.
+            steps: of the solver, from noise to picture.
+            guidance: how far the condition is overdone, 1 being not at all; or all that guides.
+            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
+                solver's own if None.
+            size: height and width of the images; those it was trained on if None.
+            own: the solver's own options, such as ddim's eta.
 
         Raises:
-            ValueError: the model draws latents, in which noise on a picture is not Gaussian.
+            ValueError: an unknown solver or grid, an option that the solver does not have, fewer
+                than one step, times that do not fall in so many steps, a size that is not two
+                sides, or guidance of a model that cannot be guided.
         """
-        if not isinstance(self.codec, Pixels):
-            raise ValueError("it knows noise on latents, and this is noise on pictures")
-        t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
-        alpha, _ = self.schedule(t)
-        nothing = self.conditioner.nothing(Condition(len(image)))
-        return self.codec.decode(self.denoise(_like(alpha, image) * image, t, nothing))
-
-    @property
-    def discrete(self) -> bool:
-        """Whether times are those of steps: then `log_prob` is of 8-bit pictures, and a bound."""
-        return self.steps is not None
-
-    @property
-    def bound(self) -> bool:
-        """Whether `log_prob` is a bound from below."""
-        return self.discrete
-
-    @property
-    def likelihood_calls(self) -> int:
-        """Network calls of `log_prob`; with their gradients where times are continuous."""
-        return self.steps or 4 * LIKELIHOOD_STEPS
-
-    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
-
-        With continuous times the density by the flow, else the bound by the steps, with the small
-        variance or the learned one: `diffusion.likelihood`. A picture's noise is a function of the
-        picture. In float32, for bfloat16 is too coarse for sums over many calls.
-
-        Raises:
-            ValueError: a model of latents, or a continuous one that was not trained with
-                dequantise.
-        """
-        if type(self.codec) is not Pixels:
-            raise ValueError(
-                f"a model of {type(self.codec).__name__} tells no likelihood of pictures; "
-                "ask one with codecs.Pixels"
-            )
-        if not self.discrete and not self.dequantise:
-            raise ValueError(
-                "the density of pictures is asked of a model that learned their levels, where it "
-                "has no bound; train one with --set model.dequantise=true"
-            )
-        levels = to_uint8(image).flatten(1).long()
-        place = torch.arange(1, levels.shape[1] + 1, device=levels.device)
-        rng = Rng((levels * place).sum(1), image.device)
-        with torch.autocast(image.device.type, enabled=False):
-            embedded = self.conditioner(Condition(len(image), label))
-            denoise: Denoiser = lambda x, t: self.denoise(x, t, embedded)  # noqa: E731
-            if self.steps is None:
-                return flow_log_prob(denoise, image, self.schedule, rng, steps=LIKELIHOOD_STEPS)
-
-            def guess(x: Tensor, t: float) -> tuple[Tensor, Tensor | float]:
-                x0 = denoise(x, t).clamp(-1, 1)
-                return x0, 0.0 if self.share is None else self.share
-
-            return step_bound(guess, image, self.schedule, rng, self.steps)
+        own |= {"solver": solver, "steps": steps, "guidance": guidance, "grid": grid, "size": size}
+        return self.codec.decode(last(self._walk(condition, rng, **own)))
 
     def sample_steps(self, condition: Condition, rng: Rng, **options: Any) -> Iterator[Tensor]:
         """Yield the images (B, C, H, W) in [-1, 1] after each step; arguments as `sample`."""
         for x in self._walk(condition, rng, **options):
             yield self.codec.decode(x)
+
+    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """Return the names that `sample` takes beside its own: those of the chosen solver."""
+        solver = chosen.get("solver", SOLVER)
+        return list(SOLVERS[solver].options) if solver in SOLVERS else []
 
     def _walk(
         self,
@@ -370,75 +320,30 @@ class Diffusion(Model):
             own["share"] = lambda: self.share
         if grid is None:
             times = chosen.grid(self.schedule, steps)
-        elif isinstance(grid, str):
-            times = GRIDS[_known("grid", grid, GRIDS)](self.schedule, steps)
         else:
-            times = given(grid, steps)
+            times = times_of(grid, self.schedule, steps)
         denoise = self.denoiser(condition, guidance)
-        if begin is None:
-            shape = self.codec.shape if size is None else self.codec.space(*_sides(size))
-            noise = rng.normal(*shape)
-            _, sigma = self.schedule(times[:1])
-            start = float(sigma) * noise
-        else:
-            image, share = begin
-            if not 0 < share <= 1:
-                raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+        if begin is not None:
             if size is not None:
                 raise ValueError("what is like a picture has its size; leave size out")
-            t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
-            times = torch.cat([t, times[times < 0.999 * t]])
-            alpha, sigma = self.schedule(t)
-            x0 = self.codec.encode(image)
-            start = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
-        yield from chosen.steps(denoise, start, times, self.schedule, rng, **own)
+            x, times = self._partway(*begin, times, rng)
+        else:
+            shape = self.codec.shape if size is None else self.codec.space(*_sides(size))
+            _, sigma = self.schedule(times[:1])
+            x = float(sigma) * rng.normal(*shape)
+        yield from chosen.steps(denoise, x, times, self.schedule, rng, **own)
 
-    def own_options(self, chosen: Mapping[str, Any]) -> list[str]:
-        """Return the names that `sample` takes beside its own: those of the chosen solver."""
-        solver = chosen.get("solver", SOLVER)
-        return list(SOLVERS[solver].options) if solver in SOLVERS else []
-
-    def sample(
-        self,
-        condition: Condition,
-        rng: Rng,
-        *,
-        solver: str = SOLVER,
-        steps: int = STEPS,
-        guidance: float | Guidance = 1.0,
-        grid: str | Sequence[float] | None = None,
-        size: Sequence[int] | None = None,
-        **own: Any,
-    ) -> Tensor:
-        """Draw images (B, C, H, W) in [-1, 1].
-
-        Args:
-            condition: what to draw; a label of None draws from all classes.
-            rng: one stream per image.
-            solver: one of `SOLVERS`.
-            steps: of the solver, from noise to picture.
-            guidance: how far the condition is overdone, 1 being not at all; or all that guides.
-            grid: where the steps lie: one of `GRIDS`, or steps + 1 times that fall from 1 to 0; the
-                solver's own if None.
-            size: height and width of the images; those it was trained on if None.
-            own: the solver's own options, such as ddim's eta.
-
-        Raises:
-            ValueError: an unknown solver or grid, an option that the solver does not have, fewer
-                than one step, times that do not fall in so many steps, or guidance of a model that
-                cannot be guided.
-        """
-        walk = self._walk(
-            condition,
-            rng,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            grid=grid,
-            size=size,
-            **own,
-        )
-        return self.codec.decode(deque(walk, maxlen=1).pop())
+    def _partway(
+        self, image: Tensor, share: float, times: Tensor, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Return x (B, ...), images with a share of noise on them, and the times from there on."""
+        if not 0 < share <= 1:
+            raise ValueError(f"strength is {share}; expected more than 0 and at most 1")
+        t = self.schedule.time(torch.tensor([1 / share - 1], dtype=torch.float64).log() * 2)
+        alpha, sigma = self.schedule(t)
+        x0 = self.codec.encode(image)
+        x = float(alpha) * x0 + float(sigma) * rng.normal(*x0.shape[1:])
+        return x, torch.cat([t, times[times < 0.999 * t]])
 
     def vary(
         self, image: Tensor, strength: float, condition: Condition, rng: Rng, **options: Any
@@ -454,7 +359,7 @@ class Diffusion(Model):
             ValueError: as `sample`; a strength of 0 or less or more than 1.
         """
         walk = self._walk(condition, rng, begin=(image, strength), **options)
-        return self.codec.decode(deque(walk, maxlen=1).pop())
+        return self.codec.decode(last(walk))
 
     def inpaint(
         self,
@@ -484,27 +389,62 @@ class Diffusion(Model):
         Raises:
             ValueError: as `sample`; resample below 1; a mask that is not of the images' size.
         """
-        if mask.shape != (len(image), 1, *image.shape[2:]):
-            raise ValueError(
-                f"a mask {tuple(mask.shape)} was given for images {tuple(image.shape)}; "
-                f"expected {(len(image), 1, *image.shape[2:])}"
-            )
-        if steps < 1 or resample < 1:
-            raise ValueError(f"steps is {steps} and resample {resample}; expected at least 1")
-        hidden = mask > 0.5
-        image = torch.where(hidden, 0.0, image)
-        source = source_of(self.conditioner)
-        if source is not None and source.kind == "masked":
-            told = replace(condition, source=masked(image, mask))
-            drawn = self.sample(told, rng, steps=steps, guidance=guidance)
-        else:
-            known = self.codec.encode(image)
-            place = F.adaptive_max_pool2d(hidden.float(), known.shape[2:]) > 0.5
-            denoise = self.denoiser(condition, guidance)
-            times = even_share(self.schedule, steps)
-            painting = repaint(denoise, known, place, times, self.schedule, rng, resample)
-            drawn = self.codec.decode(deque(painting, maxlen=1).pop())
-        return torch.where(hidden, drawn, image)
+        chosen: dict[str, Any] = {"steps": steps, "resample": resample, "guidance": guidance}
+        return inpainting.inpaint(self, image, mask, condition, rng, **chosen)
+
+    def restore(self, image: Tensor, deviation: Tensor) -> Tensor:
+        """Return the expected clean images behind images (B, C, H, W) of noise deviations (B,).
+
+        x + deviation noise is x_t / alpha at the time when sigma / alpha = deviation, and there the
+        network's x_0 is the mean of all pictures that may lie behind: no other estimate has a
+        smaller squared error. One network call, with nothing said of the picture.
+
+        Raises:
+            ValueError: the model draws latents, in which noise on a picture is not Gaussian.
+        """
+        if not isinstance(self.codec, Pixels):
+            raise ValueError("it knows noise on latents, and this is noise on pictures")
+        t = self.schedule.time(-2 * deviation.clamp(min=CLEANEST).log())  # (B,)
+        alpha, _ = self.schedule(t)
+        nothing = self.conditioner.nothing(Condition(len(image)))
+        return self.codec.decode(self.denoise(_like(alpha, image) * image, t, nothing))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to the noise (B, ...) that `decode` makes them of."""
+        return inversion.encode(self, image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Map noise (B, ...) to images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: noise of another shape.
+        """
+        return inversion.decode(self, latent)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether times are those of steps: then `log_prob` is of 8-bit pictures, and a bound."""
+        return self.steps is not None
+
+    @property
+    def bound(self) -> bool:
+        """Whether `log_prob` is a bound from below."""
+        return self.discrete
+
+    @property
+    def likelihood_calls(self) -> int:
+        """Network calls of `log_prob`; with their gradients where times are continuous."""
+        return self.steps or 4 * likelihood.FLOW_STEPS
+
+    def log_prob(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (B,) nats of images (B, C, H, W), of labels (B,) or with nothing said of them.
+
+        With continuous times the density by the flow, else the bound by the steps.
+
+        Raises:
+            ValueError: as `diffusion.likelihood.log_prob`.
+        """
+        return likelihood.log_prob(self, image, label)
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,6 @@ times from which these go are trained: with one, that is their distillation (sec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -34,7 +33,7 @@ from trilemma.batch import Batch, Condition, Rng
 from trilemma.codecs import encoded
 from trilemma.conditioning import SOURCES, source_of
 from trilemma.diffusion.grids import even_share
-from trilemma.diffusion.solvers import check
+from trilemma.diffusion.solvers import check, last
 from trilemma.model import Frozen, Losses, Phase
 from trilemma.models.diffusion import Diffusion
 
@@ -233,7 +232,7 @@ class Reflow(Objective):
         denoise = teacher.denoiser(condition, self.guidance)
         _, sigma = teacher.schedule(times[:1])
         path = self.solver.steps(denoise, float(sigma) * noise, times, teacher.schedule, rng)
-        return noise, within(teacher, deque(path, maxlen=1).pop())
+        return noise, within(teacher, last(path))
 
 
 def levels(model: Diffusion, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -336,19 +336,19 @@ def sincos(height: int, width: int, dim: int, apart: float = 1.0) -> Tensor:
     return half.flip(2).flatten(1)  # the sines first
 
 
-def turns(place: Tensor, dim: int, longest: float = 100.0) -> Tensor:
+def turns(place: Tensor, dim: int) -> Tensor:
     """Cosine and sine (2, N, dim / 2) of the angles at places (N, 2), half for each axis.
 
     For `turned`. Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding",
-    along two axes; `dim` must be a multiple of 4.
+    along two axes; `dim` must be a multiple of 4. Wavelengths go from 2 pi places to nearly 100
+    times that.
 
     Args:
         place: row and column of each position.
         dim: of the heads.
-        longest: longest over shortest wavelength of the turns; the shortest is 2 pi places.
     """
     count = dim // 4
-    frequency = longest ** -(torch.arange(count, device=place.device) / count)
+    frequency = 100.0 ** -(torch.arange(count, device=place.device) / count)
     angle = (place[:, :, None].float() * frequency).flatten(1)  # (N, dim / 2)
     return torch.stack([angle.cos(), angle.sin()])
 
