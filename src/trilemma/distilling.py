@@ -9,6 +9,7 @@ plain diffusion model: the teacher is in the run's training state alone.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ METHODS = {
 }
 """Each method and its papers."""
 
+MOST = 64  # steps of a student
 COARSEST = 8  # steps, at least, of the first student of progressive distillation
 SLOWER = 4  # by how much less than the teacher's the learning rate of a student is
 SMALLEST = 8  # side of what a critic looks at
@@ -74,8 +76,11 @@ def distill(
     Raises:
         UserError: no such steps or method, a run of another family, or as `train`.
     """
-    if to < 1:
-        raise UserError(f"--to is {to}; a picture takes at least 1 step, such as --to 1, 2 or 4")
+    if not 1 <= to <= MOST:
+        raise UserError(
+            f"--to is {to}; a student takes at least 1 step, such as --to 1, 2 or 4, and at most "
+            f"{MOST}: more are what its teacher takes"
+        )
     if method not in METHODS:
         raise UserError(f"there is no method '{method}'; expected one of {', '.join(METHODS)}")
     teacher = sampling.load(run, "cpu")
@@ -98,13 +103,16 @@ def distill(
     guidable = teacher.model.conditioner.guidable
     if guidance is None:
         guidance = float(teacher.sample_defaults.get("guidance", 1.0)) if guidable else 1.0
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}; expected a finite number")
     if guidance != 1 and not guidable:
         raise UserError(
             f"guidance {guidance:g} needs a teacher trained with labels or attributes and with "
             "conditioner.dropout above 0; use guidance 1"
         )
     path = Path(run)
-    folder = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() or not path.exists() else path.parent  # packaged: its name
+    folder = folder.resolve()
     out = Path(out) if out is not None else folder.with_name(f"{folder.name}-{method}-{to}")
     if data is None:
         data = teacher.data["name"]

@@ -112,6 +112,8 @@ def train(
             "on; expected a folder with the folders trainA and trainB, pictures in both"
         )
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for the run")
     begun = out / "recipe.toml"
     before = recipe.load(begun) if resume and begun.exists() else None
     was = None if before is None else before["run"].get("init")
@@ -180,6 +182,11 @@ def train(
         notes += run.restore(keep_length=length is None)
     elif (out / "training").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
+    elif (out / "model.safetensors").exists():
+        raise UserError(
+            f"{out} holds a model without the state to go on from; take another --out, and "
+            f"--init {out} to begin with it"
+        )
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     flip = bool(asks.get("flip", False))
     place: dict[str, Any] = {"start": run.progress.seen, "flip": flip, "rank": rank, "world": world}

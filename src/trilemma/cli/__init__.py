@@ -8,6 +8,7 @@ machines go to stdout (`--json`), everything for people to stderr. Exit codes: 0
 from __future__ import annotations
 
 import sys
+import warnings
 
 from trilemma.cli.shared import app, duration, number, screen
 from trilemma.errors import Interrupted, UserError
@@ -24,6 +25,7 @@ __all__ = ["app", "duration", "main", "number"]
 def main() -> None:
     """Run the command line; one clear message for each failure, a traceback with `--debug`."""
     debug = "--debug" in sys.argv
+    warnings.showwarning = lambda message, *_, **__: screen.print(f"warning: {message}", markup=False)
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()

@@ -82,6 +82,8 @@ class Tuning:
             raise ValueError(
                 f"steps {self.steps}, batch {self.batch} and rank {self.rank}; expected 1 or more"
             )
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {(1 << 31) - 1}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 up to, not with, 1")
 
@@ -313,6 +315,11 @@ def tune(
             f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA "
             "of either"
         )
+    kept, there = path.resolve(), out.resolve()
+    if whole and (kept == there or kept in there.parents):
+        raise UserError(f"{out} is the checkpoint itself, or in it; take another --out")
+    if not resume and (out / "model_index.json").exists():
+        raise UserError(f"{out} holds a checkpoint, which would be overwritten; take another --out")
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts, learns=True)
     model: Tunable = TunableUNet(opened) if isinstance(opened, StableDiffusion) else opened
