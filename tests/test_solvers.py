@@ -208,6 +208,8 @@ def test_churn_adds_noise_between_its_bounds_alone():
         ("unipc", {"order": 4}, "1 to 3"),
         ("adams_bashforth", {"order": 5}, "1 to 4"),
         ("lms", {"order": 0}, "1 to 4"),
+        ("ddim", {"eta": float("nan")}, "'eta' is nan; expected 0 or more, such as 0.0"),
+        ("ddim", {"eta": -1.0}, "expected 0 or more"),
     ],
 )
 def test_wrong_options_name_the_right_ones(solver, own, message):

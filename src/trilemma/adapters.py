@@ -65,17 +65,16 @@ def parse(asked: str) -> tuple[str, float]:
     """Read `a.safetensors:0.8` as a path and a weight, which is 1 if none is given.
 
     Raises:
-        UserError: a weight that is no finite number, where there is no such file either.
+        UserError: a weight that is not finite.
     """
     path, colon, weight = asked.rpartition(":")
-    if not colon or Path(asked).exists():
-        return asked, 1.0
     try:
-        if math.isfinite(value := float(weight)):
-            return path, value
+        value = float(weight) if colon else 1.0
     except ValueError:
-        pass
-    raise UserError(f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8")
+        return asked, 1.0  # the colon is the path's own
+    if not math.isfinite(value):
+        raise UserError(f"'{asked}': expected a finite weight, such as style.safetensors:0.8")
+    return path if colon else asked, value
 
 
 def put_on(

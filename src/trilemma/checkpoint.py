@@ -40,8 +40,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 
     What one tensor is under several names, as a part that two modules share, is written once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     plain, shared = {}, {}
     names: dict[Any, str] = {}
     for name, tensor in tensors.items():
@@ -52,8 +50,24 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
         else:
             shared[name] = first
     told = {"format": FORMAT, "shared": shared, **facts}
-    save_file(plain, temporary, metadata={"trilemma": json.dumps(told)})
-    replace(temporary, path)
+    put(path, plain, {"trilemma": json.dumps(told)})
+
+
+def put(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, contiguous and on the CPU, to a safetensors file, all or nothing.
+
+    Raises:
+        OSError: it cannot be written, for want of room, say; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        replace(temporary, path)
+    except SafetensorError as error:  # what its writer makes of the system's errors
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, path: Path) -> None:

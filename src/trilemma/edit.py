@@ -177,11 +177,11 @@ def complete(
             "use an autoregressive model, such as pixelcnn"
         )
     chosen, height = trained.options(options), trained.data["shape"][1]
-    rows = round(keep * height) if math.isfinite(keep) else -1
+    rows = round(keep * height) if math.isfinite(keep) else 0
     if n < 1 or not 0 < rows < height:
         raise UserError(
-            f"{n} completions that keep {keep:g} of the height were asked for; expected at least 1 "
-            f"completion, and a share that is 1 to {height - 1} of {height} rows"
+            f"{n} completions that keep {rows} of {height} rows were asked for; expected at least "
+            f"1 completion, and 1 to {height - 1} rows"
         )
     known = None if label is None else trained.labels(1, label)
     made, start = [], seed

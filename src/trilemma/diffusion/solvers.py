@@ -277,7 +277,8 @@ def check(name: str, own: Mapping[str, Any]) -> Solver:
         fits = isinstance(value, (int, float) if expected is float else expected)
         if not fits or not (expected is str or value >= 0):
             raise ValueError(
-                f"solver {name}'s option '{key}' is {value!r}; expected such as {options[key]!r}"
+                f"solver {name}'s option '{key}' is {value!r}; expected "
+                f"{'' if expected is str else '0 or more, '}such as {options[key]!r}"
             )
     return SOLVERS[name]
 

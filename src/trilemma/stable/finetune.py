@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -318,7 +317,7 @@ def tune(
     kept, there = path.resolve(), out.resolve()
     if whole and (kept == there or kept in there.parents):
         raise UserError(f"{out} is the checkpoint itself, or in it; take another --out")
-    if not resume and (out / "model_index.json").exists():
+    if whole and not resume and (out / "model_index.json").exists():
         raise UserError(f"{out} holds a checkpoint, which would be overwritten; take another --out")
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts, learns=True)
@@ -376,7 +375,5 @@ def write_network(folder: Path, model: Tunable, config: Mapping[str, Any]) -> No
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as others' programs expect them, all or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    checkpoint.replace(temporary, path)
+    checkpoint.put(path, plain, {"format": "pt"})
