@@ -9,9 +9,10 @@ import sys
 import pytest
 import typer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tiny
-from trilemma import cli
+from trilemma import cli, drawing
 from trilemma.cli import shared
 
 NAME = "flow-matching"  # knows classes
@@ -106,6 +107,18 @@ def test_pictures_carry_their_recipe(run, trained, tmp_path):
     assert facts["seed"] == 7 and facts["label"] == "class1" and facts["sample"]["steps"] == 2
     assert facts["recipe"]["model"]["type"] == "models.diffusion.Diffusion"
     assert "Seed: 7" in picture.info["parameters"] and "Sampler: ddim" in picture.info["parameters"]
+
+
+def test_of_a_picture_that_finds_no_room_nothing_is_left(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.png cannot be written: .*too large"):
+            drawing.write(Image.effect_noise((64, 64), 9.0), tmp_path / "a.png", PngInfo())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_that_were_not_drawn_are_not_replaced(run, trained, tmp_path):

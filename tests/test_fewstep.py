@@ -433,6 +433,11 @@ def test_what_cannot_be_distilled_is_named(data, teacher, tmp_path):
         distill(teacher, 0)
     with pytest.raises(UserError, match="--to is 1000000.*at most 64"):
         distill(teacher, 1_000_000)
+    with pytest.raises(UserError, match="train on 0 images"):
+        distill(teacher, 1, data=data, images=0)
+    others = tiny.pictures(tmp_path / "others", classes=2)
+    with pytest.raises(UserError, match="has the classes class0, class1 and .* class0, class1, cl"):
+        distill(teacher, 1, data=others, images=8)
     with pytest.raises(UserError, match="guidance is nan"):
         distill(teacher, 1, guidance=float("nan"))
     with pytest.raises(UserError, match="no method 'magic'; expected one of adversarial"):

@@ -204,8 +204,12 @@ def test_unknown_pipelines_are_named(tmp_path):
 
 def test_a_run_is_no_checkpoint(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"trilemma": "{}"})
-    assert not load.recognises(tmp_path / "model.safetensors")
-    assert not load.recognises(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert not load.recognises(path)
+        with pytest.raises(UserError, match="no checkpoint from elsewhere; .*train RECIPE --init"):
+            load.load(path)
+    with pytest.raises(UserError, match="does not exist; expected a diffusers folder or"):
+        load.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

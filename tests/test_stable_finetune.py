@@ -158,6 +158,9 @@ def test_what_cannot_be_learned_from_is_told(tmp_path):
         tune(model, tmp_path / "nan", rank=2)
     with pytest.raises(ValueError, match="batch 0"):
         Tuning(batch=0)
+    for rate in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a number above 0, such as 1e-4"):
+            Tuning(rate=rate)
     with pytest.raises(ValueError, match="seed is 2147483648"):
         Tuning(seed=1 << 31)
 

@@ -17,6 +17,7 @@ import tomli_w
 
 from trilemma import recipe, sampling
 from trilemma.data import Dataset
+from trilemma.data import load as load_data
 from trilemma.errors import UserError
 from trilemma.models.diffusion import Diffusion
 from trilemma.sampling import Trained
@@ -116,6 +117,18 @@ def distill(
     out = Path(out) if out is not None else folder.with_name(f"{folder.name}-{method}-{to}")
     if data is None:
         data = teacher.data["name"]
+    if images is not None and images < 1:
+        raise UserError(f"asked to train on {images} images; expected at least 1")
+    if teacher.conditional:
+        asks, size = teacher.recipe.get("data", {}), teacher.data["shape"][1]
+        if not isinstance(data, Dataset):
+            cut = {"multiple": asks.get("multiple", 1), "tiles": bool(asks.get("tiles", False))}
+            data = load_data(data, split="train", size=size, **cut)
+        if data.label_names != (known := teacher.data["label_names"]):
+            raise UserError(
+                f"{data.name} has the classes {', '.join(data.label_names) or 'none'} and {run} "
+                f"knows {', '.join(known)}; give pictures of the same classes as --data"
+            )
     if budget is None and images is None:
         images = max(teacher.progress["seen"] // 2, 1)
     stages = [to]

@@ -32,9 +32,21 @@ def check_free(paths: Iterable[Path]) -> None:
             with Image.open(path) as there:
                 ours = "trilemma" in there.info
         except OSError:
-            ours = path.stat().st_size == 0  # left by a drawing that found no room
+            ours = False
         if not ours:
             raise UserError(f"{path} is there, and Trilemma did not draw it; give another --out")
+
+
+def write(picture: Image.Image, path: Path, info: PngImagePlugin.PngInfo) -> None:
+    """Write a PNG, all or nothing. Raises OSError, with the path, where there is no room."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        picture.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
@@ -140,7 +152,7 @@ def save(
                 "progress": trained.progress,
             }
             path = paths[index]
-            to_pil(image).save(path, pnginfo=_metadata(trained, facts))
+            write(to_pil(image), path, _metadata(trained, facts))
             if index < 100:
                 kept.append(image)
             index += 1
@@ -153,7 +165,7 @@ def save(
         different = len(dict.fromkeys(texts))
         columns = different if 1 < different <= 10 else None
         picture = captioned(torch.stack(kept), texts[: len(kept)], columns)
-    picture.save(out / "grid.png", pnginfo=_metadata(trained, sheet))
+    write(picture, out / "grid.png", _metadata(trained, sheet))
     yield out / "grid.png"
 
 

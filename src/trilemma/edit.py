@@ -38,7 +38,7 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data import Dataset
-from trilemma.drawing import check_free, grid, to_pil
+from trilemma.drawing import check_free, grid, to_pil, write
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.restoration import noise_deviation
@@ -317,8 +317,8 @@ def save(
     paths = [out / f"{i:05d}.png" for i in range(len(images))]
     check_free(paths)
     for path, image in zip(paths, images, strict=True):
-        to_pil(image).save(path, pnginfo=info)
-    grid(images[: 16 * columns], columns).save(out / "grid.png", pnginfo=info)
+        write(to_pil(image), path, info)
+    write(grid(images[: 16 * columns], columns), out / "grid.png", info)
     return [*paths, out / "grid.png"]
 
 

@@ -23,7 +23,7 @@ from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
-from trilemma.drawing import check_free
+from trilemma.drawing import check_free, write
 from trilemma.errors import UserError
 from trilemma.networks.srresnet import Generator
 from trilemma.sampling import Trained
@@ -126,7 +126,7 @@ def upscale(
             skipped[name] = str(error)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        enlarge_picture(trained, picture).save(target, pnginfo=info)
+        write(enlarge_picture(trained, picture), target, info)
         written[target] = name
     if not written:
         told = next((f"{name}: {reason}" for name, reason in skipped.items()), "no pictures")

@@ -157,7 +157,7 @@ def save(
         for one, text, picture in zip(seeds, asked, to_uint8(drawn).cpu(), strict=True):
             facts = {"checkpoint": str(path), "text": text, "seed": one, "sample": plain}
             name = out / f"{one - seed:05d}.png"
-            drawing.to_pil(picture).save(name, pnginfo=_metadata(stable, facts, picture))
+            drawing.write(drawing.to_pil(picture), name, _metadata(stable, facts, picture))
             kept.append(picture)
             yield name
     facts = {
@@ -168,7 +168,7 @@ def save(
         "sample": plain,
     }
     sheet = drawing.grid(torch.stack(kept[:100]))
-    sheet.save(out / "grid.png", pnginfo=_metadata(stable, facts, kept[0]))
+    drawing.write(sheet, out / "grid.png", _metadata(stable, facts, kept[0]))
     yield out / "grid.png"
 
 

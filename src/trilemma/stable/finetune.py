@@ -81,6 +81,8 @@ class Tuning:
             raise ValueError(
                 f"steps {self.steps}, batch {self.batch} and rank {self.rank}; expected 1 or more"
             )
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ValueError(f"rate is {self.rate}; expected a number above 0, such as 1e-4")
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed is {self.seed}; expected 0 to {(1 << 31) - 1}")
         if not 0 <= self.dropout < 1:
@@ -307,6 +309,8 @@ def tune(
         Interrupted: as `finetune`.
     """
     path, out, whole = Path(path), Path(out), tuning.rank is None
+    if out.is_file():
+        raise UserError(f"{out} is a file; expected a folder for the result")
     if resume:
         precision = read_state(out)[1]["precision"]
     if whole and not path.is_dir():

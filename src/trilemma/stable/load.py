@@ -98,6 +98,14 @@ def load(
     device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
     if prediction not in (None, "epsilon", "v_prediction"):
         raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected {SUPPORTED}")
+    inside = path / "model.safetensors" if path.is_dir() else path
+    if inside.suffix == ".safetensors" and inside.is_file() and not recognises(path):
+        raise UserError(
+            f"{path} is no checkpoint from elsewhere; expected {SUPPORTED}; to fine-tune a run, "
+            f"trilemma train RECIPE --init {path}"
+        )
     packs = not learns and packing.pays(where, kind)
     try:
         rectified = _rectified(path, parts, where, kind)
