@@ -120,14 +120,15 @@ def distill(
     if images is not None and images < 1:
         raise UserError(f"asked to train on {images} images; expected at least 1")
     if teacher.conditional:
-        asks, size = teacher.recipe.get("data", {}), teacher.data["shape"][1]
-        if not isinstance(data, Dataset):
-            cut = {"multiple": asks.get("multiple", 1), "tiles": bool(asks.get("tiles", False))}
-            data = load_data(data, split="train", size=size, **cut)
-        if data.label_names != (known := teacher.data["label_names"]):
+        known, pictures = teacher.data["label_names"], data
+        if not isinstance(pictures, Dataset):  # read as training will, so decoded once
+            multiple = teacher.recipe.get("data", {}).get("multiple", 1)
+            side = teacher.data["shape"][1]
+            pictures = load_data(pictures, split="train", size=side, multiple=multiple)
+        if pictures.label_names != known:
             raise UserError(
-                f"{data.name} has the classes {', '.join(data.label_names) or 'none'} and {run} "
-                f"knows {', '.join(known)}; give pictures of the same classes as --data"
+                f"{pictures.name} has the classes {', '.join(pictures.label_names) or 'none'} and "
+                f"{run} knows {', '.join(known)}; give pictures of the same classes as --data"
             )
     if budget is None and images is None:
         images = max(teacher.progress["seen"] // 2, 1)
