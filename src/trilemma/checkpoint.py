@@ -88,7 +88,7 @@ def refuse_pickle(path: Path) -> None:
     # A zip archive, or protocol 2 to 5 of pickle itself: the two forms of torch.save.
     if (
         path.suffix in PICKLES
-        or start[:2] == b"PK"
+        or (start[:2] == b"PK" and path.suffix != ".zip")
         or (start[:1] == b"\x80" and start[1:2] < b"\6")
     ):
         raise UserError(
