@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from trilemma import recipe, sampling
+from trilemma import checkpoint, recipe, sampling
 from trilemma.data import Dataset
 from trilemma.data import load as load_data
 from trilemma.errors import UserError
@@ -112,8 +112,9 @@ def distill(
             "conditioner.dropout above 0; use guidance 1"
         )
     path = Path(run)
-    folder = path if path.is_dir() or not path.exists() else path.parent  # packaged: its name
-    folder = folder.resolve()
+    folder = (path.parent if path.is_file() else path).resolve()
+    if not path.exists():  # the name of a packaged model
+        run = checkpoint.model_file(run)
     out = Path(out) if out is not None else folder.with_name(f"{folder.name}-{method}-{to}")
     if data is None:
         data = teacher.data["name"]
