@@ -82,10 +82,10 @@ def _solver(name: str, own: Mapping[str, Any]) -> solvers.Solver:
 def asked(scale: float, rescale: float, interval: Sequence[float] | None) -> Guidance:
     """Return classifier-free guidance as it is asked for; raises UserError when it cannot be."""
     if (interval is not None or rescale) and scale == 1:
-        name, what = ("guidance_rescale", "how") if interval is None else ("guidance_interval", "where")
+        name = "guidance_rescale" if interval is None else "guidance_interval"
         raise UserError(
-            f"{name} says {what} classifier-free guidance acts, and there is none; give a guidance "
-            "above 1 (of FLUX.1: true_guidance)"
+            f"{name} says where or how classifier-free guidance acts, and there is none; give "
+            "a guidance above 1 (of FLUX.1: true_guidance)"
         )
     between = None if interval is None else tuple(interval)
     try:
