@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trilemma import device, recipe
+from trilemma import checkpoint, device, recipe
 from trilemma.errors import UserError
 from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.spatial_unet import SpatialUNet
@@ -56,7 +56,7 @@ def recognises(path: Path) -> bool:
         return (path / "model_index.json").is_file()
     if not path.is_file():
         return False
-    if path.suffix in files.PICKLES:
+    if path.suffix in checkpoint.PICKLES:
         return True
     if path.suffix != ".safetensors":
         return False
