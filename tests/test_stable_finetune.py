@@ -169,7 +169,11 @@ def test_a_checkpoint_is_never_overwritten(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text("{}")
-    for out, told in (("one", "is the checkpoint itself"), ("one/in", "or in it"), ("two", "holds")):
+    for out, told in (
+        ("one", "is the checkpoint itself"),
+        ("one/in", "or in it"),
+        ("two", "holds"),
+    ):
         with pytest.raises(UserError, match=told):
             next(finetune.tune(tmp_path / "one", tmp_path, tmp_path / out, Tuning(rank=None)))
 

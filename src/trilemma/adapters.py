@@ -100,8 +100,10 @@ def put_on(
     for path, weight in map(parse, asked):
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise UserError(f"{file} does not exist; expected the {FILE} of a run trained with "
-                "--tune lora, or the run's folder")
+            raise UserError(
+                f"{file} does not exist; expected the {FILE} of a run trained with "
+                "--tune lora, or the run's folder"
+            )
         given, theirs = checkpoint.read(file)
         if "lora" not in theirs:
             raise UserError(
