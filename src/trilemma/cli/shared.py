@@ -85,8 +85,7 @@ def upper_part(text: str) -> float:
     return share
 
 
-OWN = ("n", "seed", "label", "attributes", "text", "batch", "out", "mask", "strength", "keep")
-OWN += ("steps", "guidance")
+OWN = "n seed label attributes text batch out mask strength keep steps guidance".split()
 """What commands have options of their own for."""
 
 

@@ -61,7 +61,7 @@ def check_mask(mask: Path, image: Path) -> None:
             f"mask {mask} is {hidden.width} x {hidden.height} and {image} is {width} x {height}: a "
             f"mask covers its picture; make it {width} x {height}, or of these proportions"
         )
-    if hidden.getextrema()[1] < 128:
+    if np.asarray(hidden).max() < 128:
         raise UserError(
             f"mask {mask} hides nothing: what is to be drawn must be white, or transparent in a "
             "picture with transparency"
