@@ -18,6 +18,21 @@ def test_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_where_there_is_no_room_nothing_is_left_and_the_old_file_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "model.safetensors"
+    checkpoint.write(path, {"a": torch.arange(3.0)}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written: .*too large"):
+            checkpoint.write(path, {"a": torch.ones(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert len(checkpoint.read(path)[0]["a"]) == 3
+
+
 def test_a_tensor_of_two_names_is_written_once(tmp_path):
     one = torch.randn(1000)
     tensors = {"a": one, "b": one, "c": one.clone()}
@@ -54,6 +69,32 @@ def test_what_is_not_ours_is_named(tmp_path):
     checkpoint.write(tmp_path / "new.safetensors", {}, {"format": 99})
     with pytest.raises(UserError, match="newer Trilemma"):
         checkpoint.read(tmp_path / "new.safetensors")
+
+
+def test_what_a_file_lacks_is_named(tmp_path):
+    whole = {"model": {}, "train": {}, "run": {}}
+    facts = {"recipe": whole, "progress": {}}
+    facts["data"] = {"shape": [1, 2, 2], "label_names": [], "attribute_names": []}
+    path = tmp_path / "model.safetensors"
+    checkpoint.write(path, {}, facts)
+    checkpoint.read_model(path)
+    for lacking, told in (
+        ({"recipe": {"model": {}}}, "its recipe, with model, train, run"),
+        ({"recipe": {**whole, "sample": "x"}}, "its recipe"),
+        ({"data": {"shape": [1, 2, 2]}}, "its data, with shape, label_names"),
+        ({"progress": None}, "its progress: it is damaged"),
+        ({"shared": {"a": "b"}}, "lacks b"),
+        ({"format": "1"}, "does not tell its format"),
+    ):
+        checkpoint.write(path, {}, {**facts, **lacking})
+        with pytest.raises(UserError, match=told):
+            checkpoint.read_model(path)
+    torch.save({}, path)
+    with pytest.raises(UserError, match="is a pickle, which can run any program"):
+        checkpoint.read_model(path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="checkpoint from elsewhere.*sample. and .trilemma finetu"):
+        checkpoint.read_model(tmp_path)
 
 
 def test_weights_must_fit():

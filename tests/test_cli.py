@@ -9,9 +9,11 @@ import sys
 import pytest
 import typer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tiny
-from trilemma import cli
+from trilemma import cli, drawing
+from trilemma.cli import shared
 
 NAME = "flow-matching"  # knows classes
 
@@ -107,6 +109,29 @@ def test_pictures_carry_their_recipe(run, trained, tmp_path):
     assert "Seed: 7" in picture.info["parameters"] and "Sampler: ddim" in picture.info["parameters"]
 
 
+def test_of_a_picture_that_finds_no_room_nothing_is_left(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.png cannot be written: .*too large"):
+            drawing.write(Image.effect_noise((64, 64), 9.0), tmp_path / "a.png", PngInfo())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_were_not_drawn_are_not_replaced(run, trained, tmp_path):
+    arguments = ["sample", trained, "-n", 2, "--steps", 1, "--out", tmp_path]
+    assert run(*arguments)[0] == 0 == run(*arguments)[0]  # drawings may be drawn anew
+    Image.new("RGB", (4, 4)).save(tmp_path / "00001.png")
+    code, _, err = run(*arguments)
+    assert code == 1 and "00001.png is there, and Trilemma did not draw it" in err
+    assert Image.open(tmp_path / "00001.png").size == (4, 4)
+    code, _, err = run("edit", "vary", trained, tmp_path / "00001.png", "-n", 2, "--out", tmp_path)
+    assert code == 1 and "did not draw it" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -129,6 +154,8 @@ def test_wrong_values_fail_with_one_message(run, trained, tmp_path, arguments, t
         ["train", "ddpm", "--data", "fashion", "--images", "many"],
         ["sample", "x", "--out", "y", "--steps", "0"],
         ["sample", "x", "--out", "y", "--option", "steps"],
+        ["sample", "x", "--out", "y", "--option", "seed=3"],
+        ["sample", "x", "--out", "y", "--seed", "99999999999999999999"],
     ],
 )
 def test_wrong_use_exits_with_2(run, arguments):
@@ -155,6 +182,10 @@ def test_lengths_are_read():
     assert cli.duration("90") == cli.duration("90s") == cli.duration("1.5m") == 90
     assert cli.duration("1h30m") == 5400
     assert cli.number("500k") == 500_000 and cli.number("2M") == 2_000_000
+    assert shared.pixels("768x512") == (768, 512) and shared.pixels("64") == (64, 64)
+    for wrong in ("0", "0x8", "8x0", "8x"):
+        with pytest.raises(typer.BadParameter):
+            shared.pixels(wrong)
     for wrong in ("", "m", "10x"):
         with pytest.raises(typer.BadParameter):
             cli.duration(wrong)

@@ -114,6 +114,7 @@ def test_completion_over_every_family(name, folder, trained):
     assert (apart[0].int() - made[1].int()).abs().max() <= 2, "read below, or depends on its batch"
     for wrong, told in (
         ({"keep": 1.0}, "keep 16 of 16 rows"),
+        ({"keep": float("nan")}, "keep 0 of 16 rows"),
         ({"n": 0}, "0 completions"),
         ({"label": "cat"}, "no class 'cat'"),
         ({"steps": 3}, "cannot be sampled with 'steps'"),

@@ -416,9 +416,30 @@ def test_a_student_of_latents_needs_no_first_stage_but_its_teachers(data, tmp_pa
     assert sampling.load("s").sample(2).shape == (2, *data.shape)
 
 
+@pytest.mark.parametrize(("name", "out"), [(".", "../teacher"), ("emoji", "emoji")])
+def test_a_teacher_is_named_by_where_it_is(name, out, data, teacher, tmp_path, monkeypatch):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path / "teacher")
+    monkeypatch.setattr(checkpoint, "PACKAGED", tmp_path / "packaged")
+    packaged = tmp_path / "packaged" / "emoji.safetensors"
+    packaged.parent.mkdir()
+    shutil.copy(teacher / "model.safetensors", packaged)
+    made = distill(name, 1, data=data, images=8, quiet=True)
+    assert made.path.resolve() == (tmp_path / "teacher" / f"{out}-adversarial-1").resolve()
+
+
 def test_what_cannot_be_distilled_is_named(data, teacher, tmp_path):
     with pytest.raises(UserError, match="--to is 0.*at least 1 step"):
         distill(teacher, 0)
+    with pytest.raises(UserError, match="--to is 1000000.*at most 64"):
+        distill(teacher, 1_000_000)
+    with pytest.raises(UserError, match="train on 0 images"):
+        distill(teacher, 1, data=data, images=0)
+    others = tiny.pictures(tmp_path / "others", classes=2)
+    with pytest.raises(UserError, match="has the classes class0, class1 and .* class0, class1, cl"):
+        distill(teacher, 1, data=others, images=8)
+    with pytest.raises(UserError, match="guidance is nan"):
+        distill(teacher, 1, guidance=float("nan"))
     with pytest.raises(UserError, match="no method 'magic'; expected one of adversarial"):
         distill(teacher, 1, method="magic")
     small = tiny.overrides("ae")

@@ -326,6 +326,21 @@ def test_a_lora_for_another_network_is_refused(data, first, tmp_path, caplog):
         sampling.load(first, lora=[str(first / "model.safetensors")])
     with pytest.raises(UserError, match="is a LoRA, which changes a model and is none; .*--lora"):
         sampling.load(file)
+    with pytest.raises(UserError, match="is a LoRA, which changes a model and is none"):
+        fit(data, tmp_path / "more", init=file)
+    with pytest.raises(UserError, match="expected the lora.safetensors of a run trained with"):
+        sampling.load(first, lora=[str(tmp_path / "wide")])
+    tensors, facts = checkpoint.read(file)
+    down = next(name for name in tensors if name.startswith("down."))
+    longer = {**tensors, down: torch.zeros(5, tensors[down].shape[1])}
+    lacking = {name: tensor for name, tensor in tensors.items() if name != down}
+    for damaged in (longer, lacking):
+        checkpoint.write(tmp_path / "damaged.safetensors", damaged, facts)
+        with pytest.raises(UserError, match=f"no factors of {down[5:]} that fit each other"):
+            sampling.load(first, lora=[str(tmp_path / "damaged.safetensors")])
+    checkpoint.write(tmp_path / "damaged.safetensors", tensors, {**facts, "lora": {}})
+    with pytest.raises(UserError, match="does not tell base, base_path"):
+        sampling.load(first, lora=[str(tmp_path / "damaged.safetensors")])
     assert not caplog.records
     fit(data, tmp_path / "like", seed=8)
     sampling.load(tmp_path / "like", lora=[str(file)])
@@ -337,6 +352,9 @@ def test_weights_of_lora_files_are_read_after_the_last_colon():
     assert adapters.parse("a.safetensors") == ("a.safetensors", 1.0)
     assert adapters.parse("C:\\a.safetensors") == ("C:\\a.safetensors", 1.0)
     assert adapters.parse("a:-1") == ("a", -1.0)
+    for weight in ("nan", "inf"):
+        with pytest.raises(UserError, match="expected a finite weight"):
+            adapters.parse(f"a.safetensors:{weight}")
 
 
 @pytest.mark.parametrize(

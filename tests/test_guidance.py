@@ -179,6 +179,9 @@ def test_a_guide_of_one_number_is_asked_picture_by_picture():
         (lambda image: image.round().flatten(1).sum(1) * torch.inf, "not finite"),
         (lambda image: (image * 0).sqrt().flatten(1).sum(1), "not finite.*square"),
         (lambda image: torch.ones(12, requires_grad=True), "no gradient"),
+        (lambda: 0, r"raised TypeError: .* takes 0 positional"),
+        (lambda image: {}["it"], r"raised KeyError: 'it' \(.*test_guidance.py, line \d+\)"),
+        (lambda image: image @ torch.ones(7, 7), "raised RuntimeError: .*called with pictures"),
     ],
 )
 def test_bad_guides_are_explained(guide, message):
@@ -193,6 +196,11 @@ def test_what_cannot_guide_is_explained():
         Guidance(2.0, rescale=2.0)
     with pytest.raises(ValueError, match="guidance 2"):
         Guidance(weaker=exact.model())
+    for wrong in ({"scale": torch.nan}, {"clip_scale": torch.inf}, {"guide_scale": "much"}):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            Guidance(**wrong)
+    with pytest.raises(ValueError, match="crops is 0"):
+        Guidance(crops=0)
     model, judge = exact.model(), exact.classifier(schedules.Linear())
     with pytest.raises(ValueError, match="labels of 0 to 2; got none"):
         model.denoiser(NOTHING, Guidance(classifier=judge))
@@ -230,6 +238,10 @@ def test_guides_are_found_by_name(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UserError, match=message):
             guides.find(name)
+    for name, content in {"unclosed": "def f(x:", "failing": "1 / 0", "leaving": "exit(3)"}.items():
+        (tmp_path / f"{name}.py").write_text(content)
+        with pytest.raises(UserError, match=r"cannot be imported \((Syntax|ZeroDiv|SystemE)"):
+            guides.find(f"{name}:f")
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +286,21 @@ def test_a_guide_from_python_is_seen_and_written_down(run, tmp_path):
     *_, sheet = drawing.save(trained, 1, tmp_path / "out", **options)
     assert json.loads(Image.open(sheet).text["trilemma"])["sample"]["guide"].endswith(":red")
     assert trained.options({"guide_with": trained})["guide_with"] == str(run)
+
+
+def test_options_that_would_say_nothing_and_what_is_no_number_are_refused(run):
+    trained = sampling.load(run)
+    for wrong, told in (
+        ({"guide_scale": 3.0}, "guide_scale says something of guide, and there is none"),
+        ({"classifier_scale": 3.0}, "give classifier too"),
+        ({"guidance_interval": [0.2, 3], "guidance": 1.0}, "give guidance too, above 1"),
+        ({"guidance_rescale": 0.5, "guidance": 1.0}, "give guidance too, above 1"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number, such as 20"),
+        ({"guidance": "much"}, "guidance is 'much'; expected a number"),
+    ):
+        with pytest.raises(UserError, match=told):
+            trained.options(wrong)
+    assert trained.options({"guidance": 2.0, "guidance_interval": [0.2, 3]})["guidance"] == 2
 
 
 def test_a_checkpoint_names_no_functions(run):

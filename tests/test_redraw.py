@@ -226,6 +226,25 @@ def test_masks_of_any_size(mode, size, folder, tmp_path):
     assert torch.equal(made, expected)
 
 
+def test_masks_are_turned_upright_and_may_be_opaque(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is on the right
+    for name, mode, more in (("turned.png", "L", {"exif": exif}), ("opaque.png", "RGBA", {})):
+        mask = Image.new("L", (40, 20))
+        mask.paste(255, (0, 0, 40, 10))
+        mask.convert(mode).save(tmp_path / name, **more)
+    tall, wide = (tmp_path / name for name in ("tall.png", "wide.png"))
+    Image.new("RGB", (20, 40)).save(tall)
+    Image.new("RGB", (40, 20)).save(wide)
+    turned = redraw.read_mask(tmp_path / "turned.png", tall, 8)
+    assert turned[:, 4:].all() and not turned[:, :4].any()
+    opaque = redraw.read_mask(tmp_path / "opaque.png", wide, 8)
+    assert opaque[:4].all() and not opaque[4:].any()
+    Image.new("1", (15000, 15000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match="cannot be read: decompression bomb"):
+        redraw.read_mask(tmp_path / "bomb.png", wide, 8)
+
+
 def test_masks_are_cut_as_their_pictures_are(tmp_path):
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "wide.png")
     path = mask_file(tmp_path / "mask.png", (80, 40), (0, 0, 40, 40))

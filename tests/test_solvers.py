@@ -230,3 +230,9 @@ def test_times_that_do_not_fall_are_refused(times):
         grids.given(times, len(times) - 1)
     with pytest.raises(ValueError, match="2 steps, and steps is 5"):
         grids.given([1.0, 0.5, 0.0], 5)
+
+
+@pytest.mark.parametrize("eta", [float("nan"), -1.0, "x"])
+def test_a_solvers_numbers_are_0_or_more(eta):
+    with pytest.raises(ValueError, match="'eta' is .*; expected 0 or more, such as 0.0"):
+        solvers.check("ddim", {"eta": eta})

@@ -308,6 +308,11 @@ def test_a_folder_keeps_its_names_and_tells_what_is_left_out(tmp_path):
     names = {path.relative_to(tmp_path / "out").as_posix() for path in paths}
     assert names == {"class0/0.png", "class1/1.png", "class0/2.png", "class1/3.png"}
     assert list(skipped) == ["class0/bad.png"]
+    upscale.upscale(trained(), folder, tmp_path / "out")  # its own may be drawn anew
+    before = (folder / "class0" / "0.png").read_bytes()
+    with pytest.raises(UserError, match="0.png is there, and Trilemma did not draw it"):
+        upscale.upscale(trained(), folder, folder)
+    assert (folder / "class0" / "0.png").read_bytes() == before
     Image.new("L", (4, 4)).save(folder / "class0" / "0.bmp")
     with pytest.raises(UserError, match="rename one"):
         upscale.upscale(trained(), folder, tmp_path / "out")

@@ -5,8 +5,10 @@ import pickle
 import weakref
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +19,7 @@ from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.layers import Embedded, GroupNorm
 from trilemma.networks.spatial_unet import SpatialUNet
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
-from trilemma.stable import configs, files, keys, load, loading, lora, schedule
+from trilemma.stable import configs, drawing, files, keys, load, loading, lora, places, schedule
 
 SMALL = {"channels": (32, 64), "blocks": 1, "transformers": (1, 0), "text_dim": 16, "heads": (4, 4)}
 
@@ -153,6 +155,8 @@ def test_misfits_are_named():
         files.check_fit(own, given, "x.safetensors")
     for part in ("x.safetensors", "1 missing: c", "1 unknown: d", "b (4,) for (3,)"):
         assert part in str(told.value)
+    with pytest.raises(UserError, match="1 not of floating point, as if quantised: a"):
+        files.check_fit({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int8)}, "x")
 
 
 @pytest.mark.parametrize("name", ["sd.ckpt", "sd.safetensors", "old.bin"])
@@ -200,8 +204,12 @@ def test_unknown_pipelines_are_named(tmp_path):
 
 def test_a_run_is_no_checkpoint(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"trilemma": "{}"})
-    assert not load.recognises(tmp_path / "model.safetensors")
-    assert not load.recognises(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert not load.recognises(path)
+        with pytest.raises(UserError, match="no checkpoint from elsewhere; .*train RECIPE --init"):
+            load.load(path)
+    with pytest.raises(UserError, match="does not exist; expected a diffusers folder or"):
+        load.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,50 @@ def test_weights_of_loras_are_read(tmp_path):
     assert lora.split("style.safetensors:-0.5") == (type(tmp_path)("style.safetensors"), -0.5)
     with pytest.raises(UserError, match="expected FILE or FILE:WEIGHT"):
         lora.split("style.safetensors:much")
+
+
+def test_damaged_loras_are_named(tmp_path):
+    layer = torch.nn.Linear(8, 8)
+    down, up, path = torch.ones(2, 8), torch.ones(8, 2), tmp_path / "a.safetensors"
+
+    def change(**parts):
+        save_file({f"x.{name}": tensor for name, tensor in parts.items()}, path)
+        lora.change(str(path), {"x": [(layer, places.Place("x"))]}, lambda name: name)
+
+    def named(down, up):
+        return {"lora_down.weight": down, "lora_up.weight": up}
+
+    change(**named(down, up))
+    for parts, told in (
+        ({}, "holds nothing"),
+        (named(torch.ones(3, 8), up), r"are \(8, 2\) and \(3, 8\), which do not fit each other"),
+        (named(torch.ones(0, 8), torch.ones(8, 0)), "do not fit each other"),
+        (named(torch.ones(()), up), "do not fit each other"),
+        ({**named(down, up), "alpha": torch.ones(2)}, "or their alpha"),
+        (named(torch.ones(2, 9), up), "made for another model"),
+    ):
+        with pytest.raises(UserError, match=told):
+            change(**parts)
+    assert lora._flat("lora_unet_middle_block_9_x", 2) == "lora_unet_middle_block_9_x"
+    for asked in (f"{path}:nan", f"{path}:inf"):
+        with pytest.raises(UserError, match="expected FILE or FILE:WEIGHT"):
+            lora.split(asked)
+
+
+def test_pictures_and_masks_are_read_as_those_to_train_on(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert drawing.read_image(tmp_path / "turned.jpg", None, 8).shape == (1, 3, 32, 16)
+    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(tmp_path / "dark.png")
+    assert drawing.read_image(tmp_path / "dark.png", None, 8).max() < -0.9  # of 65535
+    square, black = tmp_path / "square.png", tmp_path / "black.png"
+    Image.new("L", (16, 16), 255).save(square)
+    Image.new("L", (16, 32)).save(black)
+    with pytest.raises(UserError, match="make it 16 x 32, or of these proportions"):
+        drawing.check_mask(square, tmp_path / "turned.jpg")
+    with pytest.raises(UserError, match="hides nothing"):
+        drawing.check_mask(black, tmp_path / "turned.jpg")
 
 
 def test_layers_of_loras_have_one_name_in_all_layouts():

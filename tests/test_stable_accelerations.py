@@ -194,6 +194,12 @@ def test_what_cannot_be_is_told(model):
     none = {"true_guidance" if isinstance(model, Flux1) else "guidance": 1.0}
     with pytest.raises(UserError, match="there is none; give a guidance above 1"):
         draw(model, guidance_interval=(0, 1), **none)
+    with pytest.raises(UserError, match="guidance_rescale says .*there is none"):
+        draw(model, guidance_rescale=0.5, **none)
+    with pytest.raises(UserError, match="a negative text acts by classifier-free guidance"):
+        draw(model, negative="blue", **none)
+    with pytest.raises(UserError, match="guidance is nan; expected a finite number"):
+        draw(model, **dict.fromkeys(none, math.nan))
     if isinstance(model, StableDiffusion):
         with pytest.raises(UserError, match=r"merge_tokens is 0\.9; expected 0, for none, to"):
             draw(model, merge_tokens=0.9)

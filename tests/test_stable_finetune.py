@@ -158,6 +158,24 @@ def test_what_cannot_be_learned_from_is_told(tmp_path):
         tune(model, tmp_path / "nan", rank=2)
     with pytest.raises(ValueError, match="batch 0"):
         Tuning(batch=0)
+    for rate in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a number above 0, such as 1e-4"):
+            Tuning(rate=rate)
+    with pytest.raises(ValueError, match="seed is 2147483648"):
+        Tuning(seed=1 << 31)
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    for out, told in (
+        ("one", "is the checkpoint itself"),
+        ("one/in", "or in it"),
+        ("two", "holds"),
+    ):
+        with pytest.raises(UserError, match=told):
+            next(finetune.tune(tmp_path / "one", tmp_path, tmp_path / out, Tuning(rank=None)))
 
 
 @pytest.mark.parametrize("rank", [2, None], ids=["lora", "full"])

@@ -103,6 +103,20 @@ def test_probes_are_called_evenly_and_logged(data, tmp_path):
     ] * 4
 
 
+def test_nothing_else_is_overwritten_and_numbers_are_numbers(data, tmp_path):
+    checkpoint.write(tmp_path / "shared" / "model.safetensors", {"a": torch.ones(1)}, {})
+    with pytest.raises(UserError, match="holds a model without the state to go on from"):
+        fit(data, tmp_path / "shared", steps=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        fit(data, tmp_path / "file", steps=1)
+    with pytest.raises(UserError, match=r"\[train\] batch is 'x'; expected a number"):
+        fit(data, tmp_path / "run", "train.batch=x", steps=1)
+    with pytest.raises(UserError, match="has lr nan; expected a finite number"):
+        fit(data, tmp_path / "run", "train.optimizer.lr=nan", steps=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_init_takes_the_weights_that_fit(data, tmp_path):
     first = fit(data, tmp_path / "a", steps=3)
     second = fit(data, tmp_path / "b", "train.optimizer.lr=0.0", steps=1, init=tmp_path / "a")

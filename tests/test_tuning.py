@@ -116,6 +116,8 @@ def test_what_cannot_be_tuned_says_so(run, tmp_path):
         tuning.tune_steps(run, 10, solver="dimm")
     with pytest.raises(UserError, match="2 calls are 1 steps of heun"):
         tuning.tune_steps(run, 2, solver="heun")
+    with pytest.raises(UserError, match="expected 2 steps to 127, for 128 are the reference"):
+        tuning.tune_steps(run, 100_000)
     folder = tiny.pictures(tmp_path / "pictures", count=20)
     changes = tiny.overrides("quick-vae")
     train("quick-vae", folder, out=tmp_path / "vae", steps=1, overrides=changes, quiet=True)

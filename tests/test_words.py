@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -295,6 +296,16 @@ def test_words_for_changes_from_the_command_line(run, tmp_path, monkeypatch, cap
     (tmp_path / "sd").mkdir()
     (tmp_path / "sd" / "model_index.json").write_text("{}")
     assert "sample" in call("vary", tmp_path / "sd", pictures, "--text", "x", code=1)
+
+
+def test_what_is_cut_off_a_text_is_told_without_code(run, tmp_path, monkeypatch, capsys):
+    words = ["sample", run, "-n", 1, "--steps", 1, "--out", tmp_path, "--text", "red " * 200]
+    monkeypatch.setattr("sys.argv", ["trilemma", *map(str, words)])
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter("always")
+        cli.main()
+    told = capsys.readouterr().err
+    assert "warning: texts are cut to 8 tokens: 'red red" in told and ".py" not in told
 
 
 def test_packaged_models_are_found_by_name(run, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ model, each with a weight:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trilemma.networks import lora
 log = logging.getLogger(__name__)
 
 FILE = "lora.safetensors"
+SAID = {"base", "base_path", "scale", "layers", "weights"}  # in the file's metadata
 TOLD = 3  # layers that do not fit are named
 
 
@@ -60,12 +62,19 @@ def write(folder: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
 
 
 def parse(asked: str) -> tuple[str, float]:
-    """Read `a.safetensors:0.8` as a path and a weight, which is 1 if none is given."""
+    """Read `a.safetensors:0.8` as a path and a weight, which is 1 if none is given.
+
+    Raises:
+        UserError: a weight that is not finite.
+    """
     path, colon, weight = asked.rpartition(":")
     try:
-        return (path, float(weight)) if colon else (asked, 1.0)
+        value = float(weight) if colon else 1.0
     except ValueError:
         return asked, 1.0  # the colon is the path's own
+    if not math.isfinite(value):
+        raise UserError(f"'{asked}': expected a finite weight, such as style.safetensors:0.8")
+    return path if colon else asked, value
 
 
 def put_on(
@@ -89,13 +98,23 @@ def put_on(
     own, whole, facts = checkpoint.digest(tensors), dict[str, Tensor](), dict(about)
     changes, weights = dict[str, Tensor](), list(tensors)
     for path, weight in map(parse, asked):
-        given, theirs = checkpoint.read(Path(path) / FILE if Path(path).is_dir() else Path(path))
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise UserError(
+                f"{file} does not exist; expected the {FILE} of a run trained with "
+                "--tune lora, or the run's folder"
+            )
+        given, theirs = checkpoint.read(file)
         if "lora" not in theirs:
             raise UserError(
                 f"{path} is a whole model and no LoRA; expected the {FILE} of a run trained with "
                 "--tune lora"
             )
         said = theirs["lora"]
+        if not isinstance(said, dict) or SAID - said.keys():
+            raise UserError(
+                f"{path} does not tell {', '.join(sorted(SAID))}: it is damaged; get it anew, whole"
+            )
         _check(given, said["layers"], tensors, path, run)
         if said["base"] != own:
             log.warning(
@@ -150,7 +169,13 @@ def _check(
     """Raise UserError when factors do not fit a model, naming layers and shapes."""
     wrong = []
     for name in layers:
-        rows, columns = len(given[f"up.{name}"]), given[f"down.{name}"].shape[1]
+        up, down = given.get(f"up.{name}"), given.get(f"down.{name}")
+        if up is None or down is None or up.shape[1:] != down.shape[:1] or down.ndim != 2:
+            raise UserError(
+                f"{path} has no factors of {name} that fit each other: it is damaged; get it anew, "
+                "whole"
+            )
+        rows, columns = len(up), down.shape[1]
         weight = tensors.get(f"{name}.weight")
         if weight is None:
             wrong.append(f"{name} ({rows}, {columns}) is not there")

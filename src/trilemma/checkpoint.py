@@ -26,6 +26,13 @@ from trilemma.errors import UserError
 
 FORMAT = 1
 PACKAGED = Path(__file__).parent / "trained"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+TOLD = {
+    "recipe": ("model", "train", "run"),
+    "data": ("shape", "label_names", "attribute_names"),
+    "progress": (),
+}
+"""What the file of a model must tell."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -33,8 +40,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 
     What one tensor is under several names, as a part that two modules share, is written once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     plain, shared = {}, {}
     names: dict[Any, str] = {}
     for name, tensor in tensors.items():
@@ -45,8 +50,24 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
         else:
             shared[name] = first
     told = {"format": FORMAT, "shared": shared, **facts}
-    save_file(plain, temporary, metadata={"trilemma": json.dumps(told)})
-    replace(temporary, path)
+    put(path, plain, {"trilemma": json.dumps(told)})
+
+
+def put(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, contiguous and on the CPU, to a safetensors file, all or nothing.
+
+    Raises:
+        OSError: it cannot be written, for want of room, say; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        replace(temporary, path)
+    except SafetensorError as error:  # what its writer makes of the system's errors
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +89,22 @@ def replace(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise UserError when a file is a pickle, by its name or by how it begins."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    # A zip archive, or protocol 2 to 5 of pickle itself: the two forms of torch.save.
+    if (
+        path.suffix in PICKLES
+        or (start[:2] == b"PK" and path.suffix != ".zip")
+        or (start[:1] == b"\x80" and start[1:2] < b"\6")
+    ):
+        raise UserError(
+            f"{path} is a pickle, which can run any program when it is opened: it is not; look for "
+            "the same weights as .safetensors, or convert the file where it can do no harm"
+        )
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write` wrote: tensors on the CPU, and the facts.
 
@@ -80,13 +117,26 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("trilemma", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        refuse_pickle(path)
+        raise UserError(
+            f"{path} cannot be read as a safetensors file: {error}; it may be cut short or damaged "
+            f"({path.stat().st_size:,} bytes): get it anew, whole"
+        ) from error
     if facts is None:
-        raise UserError(f"{path} is a safetensors file, but not one that Trilemma wrote")
+        raise UserError(
+            f"{path} is a safetensors file, but not one that Trilemma wrote; expected a run folder "
+            "or its model.safetensors; `trilemma sample` and `trilemma finetune` take checkpoints "
+            "from elsewhere"
+        )
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise UserError(f"{path} does not tell its format: it is damaged; get it anew, whole")
     if facts["format"] > FORMAT:
         raise UserError(f"{path} is of a newer Trilemma (format {facts['format']}); please upgrade")
-    tensors |= {name: tensors[other] for name, other in facts.pop("shared", {}).items()}
+    shared = facts.pop("shared", {})
+    if lost := sorted(set(shared.values()) - tensors.keys()):
+        raise UserError(f"{path} lacks {lost[0]}: it is damaged; get it anew, whole")
+    tensors |= {name: tensors[other] for name, other in shared.items()}
     return tensors, facts
 
 
@@ -123,12 +173,33 @@ def read_model(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
         return clip_keys.read_folder(Path(run))
     path = model_file(run)
+    if (Path(run) / "model_index.json").is_file():
+        raise UserError(
+            f"{run} is a checkpoint from elsewhere, a diffusers folder, and this needs a run that "
+            "`trilemma train` made; `trilemma sample` and `trilemma finetune` take checkpoints"
+        )
     if not path.exists() and os.sep not in str(run):
         raise UserError(
             f"{run} does not exist; expected a run folder that `trilemma train` made, or one of "
             f"the packaged models: {', '.join(packaged_models())}"
         )
-    return read(path)
+    tensors, facts = read(path)
+    if "lora" in facts:
+        raise UserError(
+            f"{run} is a LoRA, which changes a model and is none; give the run it was trained on: "
+            f"trilemma sample {facts['lora']['base_path']} --lora {run} --out DIR"
+        )
+    for part, names in TOLD.items():
+        table = facts.get(part)
+        known = table if isinstance(table, dict) else {}
+        if part == "recipe":
+            known = {name: each for name, each in known.items() if isinstance(each, dict)}
+        if known != table or any(name not in known for name in names):
+            wanted = f", with {', '.join(names)}" if names else ""
+            raise UserError(
+                f"{path} does not tell its {part}{wanted}: it is damaged; get it anew, whole"
+            )
+    return tensors, facts
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

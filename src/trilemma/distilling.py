@@ -9,13 +9,15 @@ plain diffusion model: the teacher is in the run's training state alone.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from trilemma import recipe, sampling
+from trilemma import checkpoint, recipe, sampling
 from trilemma.data import Dataset
+from trilemma.data import load as load_data
 from trilemma.errors import UserError
 from trilemma.models.diffusion import Diffusion
 from trilemma.sampling import Trained
@@ -29,6 +31,7 @@ METHODS = {
 }
 """Each method and its papers."""
 
+MOST = 64  # steps of a student
 COARSEST = 8  # steps, at least, of the first student of progressive distillation
 SLOWER = 4  # by how much less than the teacher's the learning rate of a student is
 SMALLEST = 8  # side of what a critic looks at
@@ -74,8 +77,11 @@ def distill(
     Raises:
         UserError: no such steps or method, a run of another family, or as `train`.
     """
-    if to < 1:
-        raise UserError(f"--to is {to}; a picture takes at least 1 step, such as --to 1, 2 or 4")
+    if not 1 <= to <= MOST:
+        raise UserError(
+            f"--to is {to}; a student takes at least 1 step, such as --to 1, 2 or 4, and at most "
+            f"{MOST}: more are what its teacher takes"
+        )
     if method not in METHODS:
         raise UserError(f"there is no method '{method}'; expected one of {', '.join(METHODS)}")
     teacher = sampling.load(run, "cpu")
@@ -98,16 +104,33 @@ def distill(
     guidable = teacher.model.conditioner.guidable
     if guidance is None:
         guidance = float(teacher.sample_defaults.get("guidance", 1.0)) if guidable else 1.0
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}; expected a finite number")
     if guidance != 1 and not guidable:
         raise UserError(
             f"guidance {guidance:g} needs a teacher trained with labels or attributes and with "
             "conditioner.dropout above 0; use guidance 1"
         )
     path = Path(run)
-    folder = path if path.is_dir() else path.parent
+    folder = (path.parent if path.is_file() else path).resolve()
+    if not path.exists():  # the name of a packaged model
+        run = checkpoint.model_file(run)
     out = Path(out) if out is not None else folder.with_name(f"{folder.name}-{method}-{to}")
     if data is None:
         data = teacher.data["name"]
+    if images is not None and images < 1:
+        raise UserError(f"asked to train on {images} images; expected at least 1")
+    if teacher.conditional:
+        known, pictures = teacher.data["label_names"], data
+        if not isinstance(pictures, Dataset):  # read as training will, so decoded once
+            multiple = teacher.recipe.get("data", {}).get("multiple", 1)
+            side = teacher.data["shape"][1]
+            pictures = load_data(pictures, split="train", size=side, multiple=multiple)
+        if pictures.label_names != known:
+            raise UserError(
+                f"{pictures.name} has the classes {', '.join(pictures.label_names) or 'none'} and "
+                f"{run} knows {', '.join(known)}; give pictures of the same classes as --data"
+            )
     if budget is None and images is None:
         images = max(teacher.progress["seen"] // 2, 1)
     stages = [to]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,32 @@ def to_pil(image: Tensor) -> Image.Image:
     """Convert one uint8 (C, H, W) image, C of 1 or 3, to a PIL image."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def check_free(paths: Iterable[Path]) -> None:
+    """Raise UserError if a file is there that no drawing wrote: it is not ours to replace."""
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            with Image.open(path) as there:
+                ours = "trilemma" in there.info
+        except OSError:
+            ours = False
+        if not ours:
+            raise UserError(f"{path} is there, and Trilemma did not draw it; give another --out")
+
+
+def write(picture: Image.Image, path: Path, info: PngImagePlugin.PngInfo) -> None:
+    """Write a PNG, all or nothing. Raises OSError, with the path, where there is no room."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        picture.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
@@ -93,10 +119,10 @@ def save(
     """Draw `n` images into `out` as numbered PNGs and, at the end, `grid.png`; yield each path.
 
     Every PNG carries its full recipe as JSON under `trilemma` and a line under `parameters` in the
-    form that other tools read. Existing files of the same numbers are replaced.
+    form that other tools read. Drawings of the same numbers are replaced.
 
     Raises:
-        UserError: as `Trained.batches`; `out` is a file.
+        UserError: as `Trained.batches`; `out` is a file, or holds another picture of such a name.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -109,6 +135,8 @@ def save(
     names, traits = (judge or trained).data["label_names"], trained.data["attribute_names"]
     kept: list[Tensor] = []
     digits = max(5, len(str(n - 1)))
+    paths = [out / f"{i:0{digits}d}.png" for i in range(n)]
+    check_free(paths)
     index = 0
     asked: dict[str, Any] = {"label": label, "attributes": attributes, "text": text, **options}
     for images in trained.batches(n, seed=seed, batch=batch, **asked):
@@ -125,8 +153,8 @@ def save(
                 "recipe": trained.recipe,
                 "progress": trained.progress,
             }
-            path = out / f"{index:0{digits}d}.png"
-            to_pil(image).save(path, pnginfo=_metadata(trained, facts))
+            path = paths[index]
+            write(to_pil(image), path, _metadata(trained, facts))
             if index < 100:
                 kept.append(image)
             index += 1
@@ -139,7 +167,7 @@ def save(
         different = len(dict.fromkeys(texts))
         columns = different if 1 < different <= 10 else None
         picture = captioned(torch.stack(kept), texts[: len(kept)], columns)
-    picture.save(out / "grid.png", pnginfo=_metadata(trained, sheet))
+    write(picture, out / "grid.png", _metadata(trained, sheet))
     yield out / "grid.png"
 
 

@@ -25,6 +25,7 @@ progress: `rich.progress.track`, for example.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ from torch import Tensor
 from trilemma import device
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data import Dataset
-from trilemma.drawing import grid, to_pil
+from trilemma.drawing import check_free, grid, to_pil, write
 from trilemma.errors import UserError
 from trilemma.metrics.likelihood import bits_per_dimension
 from trilemma.metrics.restoration import noise_deviation
@@ -131,8 +132,10 @@ def arithmetic(
         uint8 (N, C, H, W).
 
     Raises:
-        UserError: as `reconstruct`.
+        UserError: as `reconstruct`; a strength that is not finite.
     """
+    if not math.isfinite(strength):
+        raise UserError(f"strength is {strength}; expected a finite number, such as 1 or -0.5")
     direction = encode(trained, plus, track).mean(0) - encode(trained, minus, track).mean(0)
     return decode(trained, encode(trained, images, track) + strength * direction, track)
 
@@ -174,7 +177,7 @@ def complete(
             "use an autoregressive model, such as pixelcnn"
         )
     chosen, height = trained.options(options), trained.data["shape"][1]
-    rows = round(keep * height)
+    rows = round(keep * height) if math.isfinite(keep) else 0
     if n < 1 or not 0 < rows < height:
         raise UserError(
             f"{n} completions that keep {rows} of {height} rows were asked for; expected at least "
@@ -303,7 +306,7 @@ def save(
     Every PNG carries `facts` and the model's recipe as JSON under `trilemma`.
 
     Raises:
-        UserError: `out` is a file.
+        UserError: `out` is a file, or holds a picture of such a name that was not drawn.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -312,9 +315,10 @@ def save(
     info = PngImagePlugin.PngInfo()
     info.add_text("trilemma", json.dumps({**facts, "recipe": trained.recipe}))
     paths = [out / f"{i:05d}.png" for i in range(len(images))]
+    check_free(paths)
     for path, image in zip(paths, images, strict=True):
-        to_pil(image).save(path, pnginfo=info)
-    grid(images[: 16 * columns], columns).save(out / "grid.png", pnginfo=info)
+        write(to_pil(image), path, info)
+    write(grid(images[: 16 * columns], columns), out / "grid.png", info)
     return [*paths, out / "grid.png"]
 
 

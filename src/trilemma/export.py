@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trilemma import checkpoint
@@ -125,9 +124,8 @@ def _save(out: Path, parts: Mapping[str, Part], index: Mapping[str, Any]) -> Non
         if part.weights:
             plain = {key: tensor.detach().float().cpu() for key, tensor in part.weights.items()}
             plain = {key: tensor.clone().contiguous() for key, tensor in plain.items()}
-            temporary = folder / ".weights.tmp"
-            save_file(plain, temporary, metadata={"format": "pt"})
-            checkpoint.replace(temporary, folder / "diffusion_pytorch_model.safetensors")
+            path = folder / "diffusion_pytorch_model.safetensors"
+            checkpoint.put(path, plain, {"format": "pt"})
         config = "config" if part.weights else "scheduler_config"
         _write(folder / f"{config}.json", {"_class_name": part.kind, **part.config})
     listed = {name: ["diffusers", part.kind] for name, part in parts.items()}

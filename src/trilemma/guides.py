@@ -85,8 +85,9 @@ def find(name: str) -> Guide:
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"guide '{name}': the module cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # of the user's module, whatever it is
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"guide '{name}': the module cannot be imported ({what})") from error
     finally:
         sys.path.remove(here)
     function = getattr(module, function_name, None)

@@ -33,8 +33,9 @@ def join(
             holds a run.
     """
     path = Path(out) / "model.safetensors"
-    if path.exists():
-        raise UserError(f"{out} holds a run; choose another --out")
+    if path.exists() or Path(out).is_file():
+        seen = "is a file" if Path(out).is_file() else "holds a run"
+        raise UserError(f"{out} {seen}; choose another --out")
     parts: dict[str, Any] = {"prior": prior, "decoder": decoder, "upsampler": upsampler}
     read = {name: checkpoint.read_model(run) for name, run in parts.items() if run is not None}
     spec: dict[str, Any] = {"type": "models.unclip.UnCLIP"}

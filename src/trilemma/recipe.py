@@ -38,6 +38,9 @@ from trilemma.errors import UserError
 BUILDABLE = ("models", "networks", "diffusion", "codecs", "conditioning", "model")
 SECTIONS = ("about", "data", "model", "train", "finetune", "sample")
 
+WRONG = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+"""What a class raises when it cannot be built of what a recipe says."""
+
 Recipe = dict[str, Any]
 
 
@@ -211,7 +214,7 @@ def build(spec: Any) -> Any:
     check_arguments(cls, arguments, spec["type"])
     try:
         return cls(**arguments)
-    except (ValueError, TypeError) as error:
+    except WRONG as error:
         raise UserError(f"{spec['type']}: {error}") from error
 
 
@@ -221,7 +224,7 @@ def lookup(path: str) -> type:
     Raises:
         UserError: it is none of those of this package that can be built.
     """
-    module_name, _, class_name = path.rpartition(".")
+    module_name, _, class_name = str(path).rpartition(".")
     where = f"a path inside {', '.join(BUILDABLE)}, such as networks.unet.UNet"
     if module_name.split(".")[0] not in BUILDABLE:
         raise UserError(f"type '{path}' cannot be built: expected {where}")

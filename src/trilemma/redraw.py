@@ -12,7 +12,6 @@ stream seed + i n + j. `track` is as in `trilemma.edit`.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from torch import Tensor
 from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.conditioning import Source, source_of
 from trilemma.data.decode import read
+from trilemma.data.decode import read_mask as decode_mask
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
 from trilemma.edit import BATCH, Track, check, inference
@@ -273,14 +273,11 @@ def read_mask(mask: str | Path, pictures: str | Path, side: int) -> Tensor:
         UserError: it cannot be read, is not of the pictures' proportions, or hides nothing.
     """
     try:
-        image = Image.open(io.BytesIO(Path(mask).expanduser().read_bytes()))
-        image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+        values = decode_mask(Path(mask).expanduser().read_bytes())
+    except (OSError, Unusable) as error:
         raise UserError(f"mask {mask} cannot be read: {error}") from error
-    alpha = "A" in image.getbands() or "transparency" in image.info
-    values = 255 - np.asarray(image.convert("RGBA"))[..., 3] if alpha else image.convert("L")
-    hidden = Image.fromarray(np.where(np.asarray(values) >= 128, 255, 0).astype(np.uint8))
-    width, height = image.size
+    hidden = values.point(lambda value: 255 if value >= 128 else 0)
+    width, height = hidden.size
     for name, (w, h) in _sizes(pictures).items():
         if abs(width * h - height * w) > 0.02 * height * w:
             raise UserError(

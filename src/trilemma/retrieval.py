@@ -280,5 +280,5 @@ class _Kept:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"sha256": names, "vector": np.stack(list(self.vectors.values()))}, draft)
             draft.replace(self.path)
-        except OSError:
+        except (OSError, SafetensorError):
             draft.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -100,6 +101,9 @@ class Run:
         if kind not in OPTIMIZERS:
             raise UserError(f"no optimizer '{kind}'; there is {', '.join(OPTIMIZERS)}")
         recipe.check_arguments(OPTIMIZERS[kind], {"params": 0, **chosen}, f"optimizer {kind}")
+        for name, value in chosen.items():
+            if isinstance(value, str) or isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"optimizer {kind} has {name} {value!r}; expected a finite number")
         learn = [p for module in phase.modules for p in module.parameters() if p.requires_grad]
         return OPTIMIZERS[kind](learn, **chosen)
 

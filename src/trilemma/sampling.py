@@ -36,6 +36,10 @@ GUIDANCE = {
 """The options that guide, and what each is of a `Guidance`. `guide_with`, `classifier` and `clip`
 are runs, by path or loaded; `guide` is a function, by module:function or itself."""
 
+OF = {"classifier_scale": "classifier", "guide_scale": "guide", "clip_scale": "clip"}
+OF |= {"crops": "clip", "guidance_interval": "guidance", "guidance_rescale": "guidance"}
+"""Options that say something of another, and nothing without it."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -161,7 +165,8 @@ class Trained:
         the solver and its steps, if there is one and no other was asked for.
 
         Raises:
-            UserError: an option that this family's `sample`, or other verb, does not have.
+            UserError: an option that this family's `sample`, or other verb, does not have, that is
+                no number where one is needed, or that is of another that is not given.
         """
         parameters = inspect.signature(getattr(self.generator, verb)).parameters
         named = {k: v for k, v in parameters.items() if v.kind is not v.VAR_KEYWORD}
@@ -183,6 +188,18 @@ class Trained:
                 raise UserError(
                     f"{self.name} cannot be sampled with '{name}'"
                     f"{recipe.suggest(name, accepted)}; it takes {', '.join(accepted) or 'none'}"
+                )
+        for name, value in asked.items():
+            usual = named[name].default if name in named else None
+            whole = type(usual) is int
+            if whole and not isinstance(value, int) or type(usual) is float and _no_number(value):
+                kind = "whole number" if whole else "number"
+                raise UserError(f"{name} is {value!r}; expected a {kind}, such as {usual}")
+            what = OF.get(name)
+            if value and what and chosen.get(what, 1) in (1, None):
+                raise UserError(
+                    f"{name} says something of {what}, and there is none; "
+                    f"give {what} too{', above 1' if what == 'guidance' else ''}, or leave it out"
                 )
         stepping = {k: chosen.get(k, named[k].default) for k in ("solver", "steps") if k in named}
         for grid in self.tuned if verb == "sample" and "grid" not in asked else []:
@@ -385,7 +402,10 @@ class Trained:
             if images is None:
                 continue
             if not images.isfinite().all():
-                raise UserError(f"{self.name} drew images that are not finite; train it anew")
+                raise UserError(
+                    f"{self.name} drew images that are not finite; guide it less where it is "
+                    "guided, else train it anew"
+                )
             yield to_uint8(images).cpu()
             start += len(images)
 
@@ -428,11 +448,6 @@ def load(run: str | Path, device_name: str | None = None, lora: Sequence[str] = 
         UserError: there is no such run, the file is damaged, or a LoRA does not fit.
     """
     tensors, facts = checkpoint.read_model(run)
-    if "lora" in facts:
-        raise UserError(
-            f"{run} is a LoRA, which changes a model and is none; give the run it was trained on: "
-            f"trilemma sample {facts['lora']['base_path']} --lora {run} --out DIR"
-        )
     if lora:
         tensors, facts = adapters.put_on(tensors, facts, lora, str(run))
     model = recipe.build(facts["recipe"]["model"])
@@ -443,6 +458,10 @@ def load(run: str | Path, device_name: str | None = None, lora: Sequence[str] = 
     device.prepare(model, where, device.dtype(precision, where))
     tuned = facts.get("tuned", ())
     return Trained(model, facts["recipe"], facts["data"], facts["progress"], Path(run), tuned)
+
+
+def _no_number(value: Any) -> bool:
+    return isinstance(value, str | list | dict)
 
 
 def _named(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -57,6 +57,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule '{self.schedule}' is not one of {', '.join(SCHEDULES)}")
+        for kind in fields(self):
+            value = getattr(self, kind.name)
+            if kind.type in ("int", "float") and not isinstance(value, int | float):
+                raise ValueError(f"{kind.name} is {value!r}; expected a number")
         for name in ("batch", "images", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -90,6 +90,8 @@ def train(
     asks, source = spec.get("data", {}), data
     data = _pictures(data, asks, size, name)
     out = Path(out) if out is not None else Path("runs") / Path(name).stem
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for the run")
     begun = out / "recipe.toml"
     before = recipe.load(begun) if resume and begun.exists() else None
     was = None if before is None else before["run"].get("init")
@@ -134,6 +136,11 @@ def train(
         notes += run.restore(keep_length=length is None)
     elif (out / "training").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or take another --out")
+    elif (out / "model.safetensors").exists():
+        raise UserError(
+            f"{out} holds a model without the state to go on from; take another --out, and "
+            f"--init {out} to begin with it"
+        )
     distributed.barrier()  # all have looked at the folder before the first process writes to it
     if tuning is not None and tuning.preserve:
         if rank == 0 and not resume:

@@ -142,6 +142,10 @@ def tune_steps(
         raise UserError(
             f"{trained.name} is not drawn in steps; tune-steps is for runs of diffusion models"
         )
+    if not trained.draws:
+        raise UserError(
+            f"{trained.name} draws from given pictures; tune-steps is for models that need none"
+        )
     chosen = trained.options({"solver": solver})
     name = chosen.get("solver", SOLVER)
     known = [key for key, each in SOLVERS.items() if not each.stochastic]
@@ -149,8 +153,11 @@ def tune_steps(
         why = "draws fresh noise, so it has no reference" if name in SOLVERS else "is not known"
         raise UserError(f"solver '{name}' {why}; expected one of {', '.join(known)}")
     steps = (calls - SOLVERS[name].extra) // SOLVERS[name].calls
-    if steps < 2:
-        raise UserError(f"{calls} calls are {max(steps, 0)} steps of {name}: nothing to tune")
+    if not 2 <= steps < REFERENCE:
+        raise UserError(
+            f"{calls} calls are {max(steps, 0)} steps of {name}: nothing to tune; expected 2 steps "
+            f"to {REFERENCE - 1}, for {REFERENCE} are the reference"
+        )
     if n < 1:
         raise UserError(f"asked to fit to {n} noises; expected at least 1")
     schedule = trained.model.schedule

@@ -23,6 +23,7 @@ from trilemma.batch import Condition, Rng, to_float, to_uint8
 from trilemma.data.decode import read
 from trilemma.data.listing import Unusable
 from trilemma.data.named import find
+from trilemma.drawing import check_free, write
 from trilemma.errors import UserError
 from trilemma.networks.srresnet import Generator
 from trilemma.sampling import Trained
@@ -96,8 +97,8 @@ def upscale(
         Their paths, and path -> reason of what cannot be used.
 
     Raises:
-        UserError: the model does not enlarge; nothing can be used; `out` is a file; two pictures
-            have one name.
+        UserError: the model does not enlarge; nothing can be used; `out` is a file, or holds a
+            picture of such a name that was not drawn; two pictures have one name.
     """
     factor, out, path = _network(trained).factor, Path(out), Path(source).expanduser()
     if out.exists() and not out.is_dir():
@@ -117,13 +118,14 @@ def upscale(
         target = (out / name).with_suffix(".png")
         if target in written:
             raise UserError(f"{name} and {written[target]} would both become {target}; rename one")
+        check_free([target])
         try:
             picture = read(get(), "white")
         except Unusable as error:
             skipped[name] = str(error)
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        enlarge_picture(trained, picture).save(target, pnginfo=info)
+        write(enlarge_picture(trained, picture), target, info)
         written[target] = name
     if not written:
         told = next((f"{name}: {reason}" for name, reason in skipped.items()), "no pictures")

@@ -8,6 +8,7 @@ machines go to stdout (`--json`), everything for people to stderr. Exit codes: 0
 from __future__ import annotations
 
 import sys
+import warnings
 
 from trilemma.cli.shared import app, duration, number, screen
 from trilemma.errors import Interrupted, UserError
@@ -24,6 +25,7 @@ __all__ = ["app", "duration", "main", "number"]
 def main() -> None:
     """Run the command line; one clear message for each failure, a traceback with `--debug`."""
     debug = "--debug" in sys.argv
+    warnings.showwarning = _warn
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
@@ -33,3 +35,8 @@ def main() -> None:
         screen.print("error:", style="bold red", end=" ")
         screen.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Tell a warning without the line of code it comes from."""
+    screen.print(f"warning: {message}", markup=False, soft_wrap=True)

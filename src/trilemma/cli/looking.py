@@ -151,10 +151,16 @@ def evaluate(
 ) -> None:
     """Measure quality, coverage, memorisation and speed against real pictures."""
     from trilemma import evaluation, sampling
+    from trilemma.stable import load as checkpoints
 
     chosen = options(option, steps=steps, solver=solver, guidance=guidance)
     chosen = {key: value for key, value in chosen.items() if value is not None}
     subject: Any = what
+    if checkpoints.recognises(what):
+        raise UserError(
+            f"{what} is a checkpoint from elsewhere; draw from it with trilemma sample {what}, and "
+            "evaluate the folder of its pictures"
+        )
     if what.name == "model.safetensors" or (what / "model.safetensors").exists():
         subject = sampling.load(what, device)
     result = evaluation.evaluate(

@@ -20,6 +20,7 @@ from trilemma.cli.shared import (
     track,
     wrote,
 )
+from trilemma.errors import UserError
 
 
 @app.command()
@@ -81,6 +82,8 @@ def search(
     """Find pictures by words, or by another picture, with a run of the recipe clip."""
     from trilemma import retrieval, sampling
 
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: expected the name of a picture file, such as search.png")
     trained = sampling.load(run, device)
     found, sheet, skipped = retrieval.search(
         trained, pictures, text=text, image=image, n=n, progress=track

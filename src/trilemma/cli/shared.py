@@ -67,7 +67,7 @@ def lines(path: Path) -> list[str]:
 
 def pixels(text: str) -> tuple[int, int]:
     """Read `768x512` as width and height, `512` as both."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(0*[1-9]\d*)(?:x(0*[1-9]\d*))?", text)
     if match is None:
         raise typer.BadParameter(f"'{text}' is no size; write 512 or 768x512")
     return int(match[1]), int(match[2] or match[1])
@@ -85,6 +85,10 @@ def upper_part(text: str) -> float:
     return share
 
 
+OWN = "n seed label attributes text batch out mask strength keep steps guidance".split()
+"""What commands have options of their own for."""
+
+
 def options(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
     """Return options given by name, and those of `key=value` pairs, their values as TOML."""
     chosen = given
@@ -92,6 +96,9 @@ def options(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"'{text}': expected key=value")
+        if key in OWN:
+            dashes = "-" if len(key) == 1 else "--"
+            raise typer.BadParameter(f"'{text}': write {dashes}{key} {value}, without --option")
         try:
             chosen[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -112,7 +119,7 @@ Data = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or mps.", show_default="the fastest there is")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**53, help="The seed of everything random.")]
 Size = Annotated[
     int | None,
     typer.Option(min=4, help="Height and width in pixels.", show_default="the pictures' own"),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageChops, ImageColor
 
 from trilemma.data.buckets import Size, nearest
 from trilemma.data.listing import Unusable
@@ -118,6 +118,24 @@ def read(content: bytes | np.ndarray, background: str, grey: bool = False) -> Im
         raise Unusable(f"truncated or damaged: {error}") from None
 
 
+def read_mask(content: bytes) -> Image.Image:
+    """Return a mask, upright, in mode L, for white: its transparency if it has some, else its grey.
+
+    Raises Unusable.
+    """
+    image = _open(content)
+    try:
+        orientation, values = _orientation(image), _eight_bits(image, "white").convert("L")
+        alpha = image.convert("RGBA").getchannel("A") if _transparent(image) else None
+    except Unusable:
+        raise
+    except Exception as error:  # as in decode
+        raise Unusable(f"truncated or damaged: {error}") from None
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        values = ImageChops.invert(alpha)
+    return values.transpose(_TURNS[orientation]) if orientation in _TURNS else values
+
+
 def tiles(
     content: bytes | np.ndarray, side: int, background: str, grey: bool = False
 ) -> list[np.ndarray]:
@@ -198,11 +216,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _transparent(image: Image.Image) -> bool:
+    return image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info
+
+
 def _eight_bits(image: Image.Image, background: str) -> Image.Image:
     """Return `image` in mode L or RGB, without transparency."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_scaled(np.asarray(image)))
-    if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
+    if _transparent(image):
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, ImageColor.getrgb(background))
         page.alpha_composite(image)

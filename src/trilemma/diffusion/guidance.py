@@ -39,6 +39,7 @@ times dg/dx_0, along what is still open, and not at all in the end.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,6 +52,7 @@ from trilemma.batch import Condition
 from trilemma.conditioning import reads_text
 from trilemma.diffusion.resemblance import resemblance
 from trilemma.diffusion.schedules import Schedule
+from trilemma.errors import UserError
 from trilemma.model import Matches
 from trilemma.networks.layers import Embedded
 
@@ -84,8 +86,8 @@ class Guidance:
         crops: of each picture, that it looks at.
 
     Raises:
-        ValueError: an interval that is empty, a rescale beyond 0 to 1, a weaker model or a negative
-            text at scale 1.
+        ValueError: a number that is not finite, an interval that is empty, a rescale beyond 0 to 1,
+            a weaker model or a negative text at scale 1.
     """
 
     scale: float = 1.0
@@ -102,6 +104,13 @@ class Guidance:
     crops: int = 8
 
     def __post_init__(self) -> None:
+        numbers = {"guidance": self.scale, "guidance_rescale": self.rescale, "crops": self.crops}
+        numbers |= {k: getattr(self, k) for k in ("classifier_scale", "guide_scale", "clip_scale")}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; expected a finite number")
+        if self.crops < 1:
+            raise ValueError(f"crops is {self.crops}; expected at least 1")
         if self.interval is not None:
             low, high = self.interval if len(self.interval) == 2 else (0, 0)
             if not 0 <= low < high:
@@ -304,11 +313,21 @@ def fit_of(guide: Guide, images: Tensor) -> Tensor:
     picture depends on those beside it.
 
     Raises:
-        ValueError: the guide returns something else.
+        ValueError: the guide returns something else, or raises an error; told with its place.
     """
-    value = guide(images)
-    if isinstance(value, Tensor) and value.ndim == 0 and len(images) > 1:
-        value = torch.stack([guide(image[None]) for image in images])
+    try:
+        value = guide(images)
+        if isinstance(value, Tensor) and value.ndim == 0 and len(images) > 1:
+            value = torch.stack([guide(image[None]) for image in images])
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the user's function, whatever it is
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"the guide raised {type(error).__name__}: {error} ({place.filename}, line "
+            f"{place.lineno}); it is called with pictures {tuple(images.shape)}, and must return a "
+            "number for each"
+        ) from error
     if isinstance(value, Tensor) and value.numel() == len(images) and value.ndim <= 1:
         return value.reshape(len(images))
     got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"

@@ -275,9 +275,11 @@ def check(name: str, own: Mapping[str, Any]) -> Solver:
             listed = ", ".join(options) or "none"
             raise ValueError(f"solver {name} has no option '{key}'; it has {listed}")
         expected = type(options[key])
-        if not isinstance(value, (int, float) if expected is float else expected):
+        fits = isinstance(value, (int, float) if expected is float else expected)
+        if not fits or not (expected is str or value >= 0):
             raise ValueError(
-                f"solver {name}'s option '{key}' is {value!r}; expected such as {options[key]!r}"
+                f"solver {name}'s option '{key}' is {value!r}; expected "
+                f"{'' if expected is str else '0 or more, '}such as {options[key]!r}"
             )
     return SOLVERS[name]
 

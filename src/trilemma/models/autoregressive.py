@@ -324,7 +324,7 @@ def _check_options(
 ) -> None:
     if not 0 <= known_rows <= shape[1]:
         raise ValueError(f"known_rows is {known_rows}; pictures have 0 to {shape[1]} rows")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; expected 0 or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected at least 1")

@@ -101,7 +101,7 @@ class CLIP(Model):
         super().__init__()
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; expected 1 pair or more, or none")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0")
         self.image, self.text, self.chunk, self.dim = image, text, chunk, dim
         self.words = (cast(int, text.context), cast(int, text.width))

@@ -176,7 +176,7 @@ class AutoregressivePrior(Model):
         Raises:
             ValueError: a temperature of 0 or less.
         """
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         drawn = []
         for _ in range(candidates):

@@ -81,7 +81,7 @@ class VQVAE(Coded, Model):
         Raises:
             ValueError: a temperature of 0 or less.
         """
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         logits = self.quantiser.frequency.flatten(0, 1).clamp(min=1e-30).log()  # (h w, K)
         reached = (logits / temperature).softmax(1).cumsum(1)

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from trilemma import drawing
 from trilemma.batch import Rng, to_uint8
+from trilemma.data.decode import read, read_mask
+from trilemma.data.listing import Unusable
 from trilemma.errors import UserError
 from trilemma.networks.tiny_autoencoder import TinyAutoencoder
 from trilemma.stable.pipeline import StableDiffusion
@@ -22,7 +24,7 @@ from trilemma.stable.rectified import Rectified
 
 
 def read_image(path: Path, size: tuple[int, int] | None, factor: int, grey: bool = False) -> Tensor:
-    """Read a picture as float (1, C, H, W): colours in [-1, 1], grey in [0, 1].
+    """Read a picture, upright, as float (1, C, H, W): colours in [-1, 1], grey in [0, 1].
 
     Args:
         path: of the picture.
@@ -33,11 +35,7 @@ def read_image(path: Path, size: tuple[int, int] | None, factor: int, grey: bool
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("L" if grey else "RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    picture = _opened(path, grey)
     width, height = size or (side // factor * factor for side in picture.size)
     if not width or not height:
         raise UserError(f"{path} is {picture.size[0]}x{picture.size[1]}: too small a picture")
@@ -45,6 +43,29 @@ def read_image(path: Path, size: tuple[int, int] | None, factor: int, grey: bool
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(picture)).float() / 255
     return values[None, None] if grey else values.permute(2, 0, 1)[None] * 2 - 1
+
+
+def _opened(path: Path, grey: bool) -> Image.Image:
+    try:
+        content = path.read_bytes()
+        return read_mask(content) if grey else read(content, "white").convert("RGB")
+    except (OSError, Unusable) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def check_mask(mask: Path, image: Path) -> None:
+    """Raise UserError for a mask that is not of a picture's proportions, or hides nothing of it."""
+    hidden, (width, height) = _opened(mask, grey=True), _opened(image, grey=False).size
+    if abs(hidden.width * height - hidden.height * width) > 0.02 * hidden.height * width:
+        raise UserError(
+            f"mask {mask} is {hidden.width} x {hidden.height} and {image} is {width} x {height}: a "
+            f"mask covers its picture; make it {width} x {height}, or of these proportions"
+        )
+    if np.asarray(hidden).max() < 128:
+        raise UserError(
+            f"mask {mask} hides nothing: what is to be drawn must be white, or transparent in a "
+            "picture with transparency"
+        )
 
 
 def takes(stable: StableDiffusion | Rectified) -> list[str]:
@@ -89,7 +110,8 @@ def save(
         options: of `StableDiffusion.draw`.
 
     Raises:
-        UserError: as `StableDiffusion.draw`; `out` is a file.
+        UserError: as `StableDiffusion.draw`; `out` is a file, or holds a picture of such a name
+            that was not drawn; a mask that is not of the picture's proportions, or hides nothing.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for the images")
@@ -100,9 +122,13 @@ def save(
         options["image"] = read_image(image, size, factor)
         if mask is not None:
             sides = options["image"].shape[:1:-1]  # width, height
+            check_mask(mask, image)
             options["mask"] = read_image(mask, sides, factor, grey=True)
     elif mask is not None:
         raise UserError("--mask says where to draw in a picture; give the picture with --image")
+    elif options.get("strength") is not None:
+        raise UserError("--strength says how far a picture is given up; give it with --image")
+    drawing.check_free(out / f"{i:05d}.png" for i in range(n))
     if size is not None and image is None:
         options["width"], options["height"] = size
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +157,7 @@ def save(
         for one, text, picture in zip(seeds, asked, to_uint8(drawn).cpu(), strict=True):
             facts = {"checkpoint": str(path), "text": text, "seed": one, "sample": plain}
             name = out / f"{one - seed:05d}.png"
-            drawing.to_pil(picture).save(name, pnginfo=_metadata(stable, facts, picture))
+            drawing.write(drawing.to_pil(picture), name, _metadata(stable, facts, picture))
             kept.append(picture)
             yield name
     facts = {
@@ -142,7 +168,7 @@ def save(
         "sample": plain,
     }
     sheet = drawing.grid(torch.stack(kept[:100]))
-    sheet.save(out / "grid.png", pnginfo=_metadata(stable, facts, kept[0]))
+    drawing.write(sheet, out / "grid.png", _metadata(stable, facts, kept[0]))
     yield out / "grid.png"
 
 

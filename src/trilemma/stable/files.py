@@ -14,25 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trilemma.checkpoint import PICKLES, refuse_pickle
 from trilemma.errors import UserError
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise UserError when a file is a pickle, by its name or by how it begins."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    # A zip archive, or protocol 2 to 5 of pickle itself: the two forms of torch.save.
-    if (
-        path.suffix in PICKLES
-        or start[:2] == b"PK"
-        or (start[:1] == b"\x80" and start[1:2] < b"\6")
-    ):
-        raise UserError(
-            f"{path} is a pickle, which can run any program when it is opened: it is not; look for "
-            "the same weights as .safetensors, or convert the file where it can do no harm"
-        )
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,7 +25,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: there is no such file, it is a pickle, cut short or damaged.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a safetensors file")
+        seen = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {seen}; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -101,7 +85,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def check_fit(own: Mapping[str, Any], given: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError when tensors are missing, unknown, or of another shape than a network's.
+    """Raise UserError when tensors are missing, unknown, no weights, or of another shape.
 
     Args:
         own: the network's tensors by name.
@@ -113,10 +97,12 @@ def check_fit(own: Mapping[str, Any], given: Mapping[str, Tensor], where: str) -
         for name in own.keys() & given.keys()
         if own[name].shape != given[name].shape
     ]
+    whole = [n for n in own.keys() & given.keys() if not given[n].is_floating_point()]
     found = {
         "missing": sorted(own.keys() - given.keys()),
         "unknown": sorted(given.keys() - own.keys()),
         "of another shape": sorted(shapes),
+        "not of floating point, as if quantised": sorted(whole),
     }
     told = [
         f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -82,6 +81,10 @@ class Tuning:
             raise ValueError(
                 f"steps {self.steps}, batch {self.batch} and rank {self.rank}; expected 1 or more"
             )
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ValueError(f"rate is {self.rate}; expected a number above 0, such as 1e-4")
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {(1 << 31) - 1}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 up to, not with, 1")
 
@@ -306,6 +309,8 @@ def tune(
         Interrupted: as `finetune`.
     """
     path, out, whole = Path(path), Path(out), tuning.rank is None
+    if out.is_file():
+        raise UserError(f"{out} is a file; expected a folder for the result")
     if resume:
         precision = read_state(out)[1]["precision"]
     if whole and not path.is_dir():
@@ -313,6 +318,11 @@ def tune(
             f"{path} is one file; all weights can be fine-tuned of a diffusers folder, and a LoRA "
             "of either"
         )
+    kept, there = path.resolve(), out.resolve()
+    if whole and (kept == there or kept in there.parents):
+        raise UserError(f"{out} is the checkpoint itself, or in it; take another --out")
+    if whole and not resume and (out / "model_index.json").exists():
+        raise UserError(f"{out} holds a checkpoint, which would be overwritten; take another --out")
     told = "fp32" if whole else precision
     opened = load.load(path, device_name, precision=told, parts=parts, learns=True)
     model: Tunable = TunableUNet(opened) if isinstance(opened, StableDiffusion) else opened
@@ -369,7 +379,5 @@ def write_network(folder: Path, model: Tunable, config: Mapping[str, Any]) -> No
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as others' programs expect them, all or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    checkpoint.replace(temporary, path)
+    checkpoint.put(path, plain, {"format": "pt"})

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trilemma import device
+from trilemma import checkpoint, device, recipe
 from trilemma.errors import UserError
 from trilemma.networks.kl_autoencoder import KLAutoencoder
 from trilemma.networks.spatial_unet import SpatialUNet
@@ -56,7 +56,7 @@ def recognises(path: Path) -> bool:
         return (path / "model_index.json").is_file()
     if not path.is_file():
         return False
-    if path.suffix in files.PICKLES:
+    if path.suffix in checkpoint.PICKLES:
         return True
     if path.suffix != ".safetensors":
         return False
@@ -98,19 +98,35 @@ def load(
     device.prepare(torch.nn.Identity(), where, kind)  # the process's own settings
     if prediction not in (None, "epsilon", "v_prediction"):
         raise UserError(f"prediction is '{prediction}'; expected epsilon or v_prediction")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected {SUPPORTED}")
+    inside = path / "model.safetensors" if path.is_dir() else path
+    if inside.suffix == ".safetensors" and inside.is_file() and not recognises(path):
+        raise UserError(
+            f"{path} is no checkpoint from elsewhere; expected {SUPPORTED}; to fine-tune a run, "
+            f"trilemma train RECIPE --init {path}"
+        )
     packs = not learns and packing.pays(where, kind)
-    if (rectified := _rectified(path, parts, where, kind)) is not None:
+    try:
+        rectified = _rectified(path, parts, where, kind)
+        plain = rectified is None and parts is None
+        opened = (_folder if path.is_dir() else _file)(path, where, kind) if plain else None
+    except torch.OutOfMemoryError:
+        raise
+    except recipe.WRONG as error:  # what configs and shapes say
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} says of its networks what none known can be ({what}): it is damaged, or of "
+            f"an architecture that is not known; expected {SUPPORTED}"
+        ) from error
+    if rectified is not None:
         for each in loras:
             rectified_lora.add(rectified, each)
         if packs:
             packing.pack(rectified.network)
         return rectified
-    if parts is not None:
+    if opened is None:
         raise UserError(f"{path} is whole; only Stable Diffusion 3 and FLUX.1 take parts")
-    if path.is_dir():
-        opened = _folder(path, where, kind)
-    else:
-        opened = _file(path, where, kind)
     if prediction is not None:
         opened = replace(opened, spacing=replace(opened.spacing, prediction=prediction))
     for each in loras:

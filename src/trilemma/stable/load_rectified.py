@@ -298,8 +298,7 @@ def _t5_of(
         told = config or t5.config_of({name: tuple(v.shape) for name, v in tensors.items()})
     except KeyError as error:
         raise UserError(f"{where} holds no {error.args[0]}: it is not complete") from error
-    with torch.device("meta"):
-        network = library.T5EncoderModel(library.T5Config.from_dict(dict(told)))
+    network: Any = text.empty(library.T5EncoderModel, library.T5Config, told, where)
     table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
     tables = {} if table is None else {"shared.weight": table, "encoder.embed_tokens.weight": table}
     loading.fill(network, {**tensors, **tables}, where, *at)

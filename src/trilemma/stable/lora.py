@@ -15,11 +15,13 @@ A changed weight is one of its own: the file that the others are views of is nev
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from trilemma.errors import UserError
@@ -34,6 +36,7 @@ Target = tuple[nn.Linear | nn.Conv2d, Place]
 DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight")
 UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight")
 ALPHA = (".alpha",)
+UNIT = torch.ones(())
 ORIGINAL = {theirs.replace(".", "_"): ours for theirs, ours in keys.RESNET.items()}
 
 
@@ -43,11 +46,11 @@ def split(asked: str) -> tuple[Path, float]:
     if not colon or Path(asked).exists():
         return Path(asked), 1.0
     try:
-        return Path(name), float(weight)
+        if math.isfinite(value := float(weight)):
+            return Path(name), value
     except ValueError:
-        raise UserError(
-            f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8"
-        ) from None
+        pass
+    raise UserError(f"'{asked}': expected FILE or FILE:WEIGHT, such as style.safetensors:0.8")
 
 
 def add(stable: StableDiffusion, asked: str) -> None:
@@ -77,13 +80,21 @@ def change(asked: str, targets: Mapping[str, Sequence[Target]], flat: Callable[[
     """
     path, weight = split(asked)
     tensors, facts = files.read(path)
-    told, unknown = _adapter(facts), []
-    for name, part in _parts(path, tensors).items():
+    told, unknown, parts = _adapter(facts), [], _parts(path, tensors)
+    if not parts:
+        raise UserError(f"{path} holds nothing: it is no LoRA, or damaged; fetch it again")
+    for name, part in parts.items():
         found = targets.get(flat(name))
         if found is None or "down" not in part or "up" not in part:
             unknown.append(name)
             continue
-        rank = len(part["down"])
+        shapes = [tuple(part[side].shape) for side in ("up", "down")]
+        rank = shapes[1][0] if min(map(len, shapes)) > 1 else 0
+        if not rank or part["up"][0].numel() != rank or part.get("alpha", UNIT).numel() != 1:
+            raise UserError(
+                f"{path}: the factors of {name} are {shapes[0]} and {shapes[1]}, which do not fit "
+                "each other or their alpha: it is damaged; fetch it again"
+            )
         alpha = float(part["alpha"]) if "alpha" in part else _alpha(told, name, rank)
         product = part["up"].float().flatten(1) @ part["down"].float().flatten(1)
         own = sum(len(layer.weight) for layer, _ in found), found[0][0].weight[0].numel()
@@ -153,7 +164,7 @@ def _flat(name: str, blocks: int) -> str:
         rest = ORIGINAL.get(match[4], match[4])
         place = keys.unet_name(f"{match[1]}_blocks.{match[2]}.{match[3]}.{rest}", blocks)
         return "lora_unet_" + place.replace(".", "_")
-    match = re.match(r"lora_unet_middle_block_(\d)_(.*)", name)
+    match = re.match(r"lora_unet_middle_block_([012])_(.*)", name)
     if match:
         place = keys.UNET_ENDS[f"middle_block.{match[1]}"].replace(".", "_")
         return f"lora_unet_{place}_{ORIGINAL.get(match[2], match[2])}"

@@ -36,6 +36,7 @@ from trilemma.stable.text import Reader
 
 STEPS, GUIDANCE = 30, 7.5  # of `draw`, if nothing is said
 UNFIT = ("sde", "pc", "langevin", "pndm")  # they go by other times, or between them
+NOT_AWAY = "a negative text acts by classifier-free guidance; give a guidance above 1 besides"
 WHOLE = 96
 """Side of the largest latents that are not decoded in bands."""
 
@@ -80,9 +81,10 @@ def _solver(name: str, own: Mapping[str, Any]) -> solvers.Solver:
 
 def asked(scale: float, rescale: float, interval: Sequence[float] | None) -> Guidance:
     """Return classifier-free guidance as it is asked for; raises UserError when it cannot be."""
-    if interval is not None and scale == 1:
+    if (interval is not None or rescale) and scale == 1:
+        name = "guidance_rescale" if interval is None else "guidance_interval"
         raise UserError(
-            "guidance_interval says where classifier-free guidance acts, and there is none; give "
+            f"{name} says where or how classifier-free guidance acts, and there is none; give "
             "a guidance above 1 (of FLUX.1: true_guidance)"
         )
     between = None if interval is None else tuple(interval)
@@ -331,6 +333,8 @@ class StableDiffusion:
     ) -> Denoiser:
         """Return the denoiser of pictures under texts, guided away from a negative one."""
         count, away = len(texts), guidance.scale != 1
+        if negative and not away:
+            raise UserError(NOT_AWAY)
         read = self.reader([*texts, *[negative or ""] * (count if away else 0)])
         if away and negative is None and self.zeros:
             read = Embedded(

@@ -34,7 +34,7 @@ from trilemma.networks.layers import Embedded, Reuse
 from trilemma.networks.mmdit import MMDiT
 from trilemma.networks.spatial_unet import for_each_text
 from trilemma.stable import flow, flux, sd3, t5
-from trilemma.stable.pipeline import WHOLE, Autoencoder, asked, guided, reused
+from trilemma.stable.pipeline import NOT_AWAY, WHOLE, Autoencoder, asked, guided, reused
 from trilemma.stable.places import Place, find
 from trilemma.stable.t5 import Encoder
 
@@ -279,6 +279,8 @@ class Rectified(ABC):
         there is one.
         """
         guidance = asked(scale, rescale, interval)
+        if negative and scale == 1:
+            raise UserError(NOT_AWAY)
         read = self.embed([*texts, *[negative or ""] * (len(texts) if scale != 1 else 0)])
 
         def predict(x: Tensor, t: float, text: Embedded) -> Tensor:
@@ -411,6 +413,7 @@ class Flux1(Rectified):
                 "a negative text acts by classifier-free guidance, which this model has not of its "
                 "own; give true_guidance above 1 besides"
             )
+        asked(scale, 0.0, None)  # is it finite?
         told = scale if is_told else None
         return self._guided(texts, negative, true_guidance, rescale, interval, reuse, told)
 

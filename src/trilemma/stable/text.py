@@ -136,6 +136,25 @@ def own_tokenizer(pad: str = "<|endoftext|>") -> Any:
     )
 
 
+def empty(made: Any, kind: Any, config: Mapping[str, Any], where: str) -> nn.Module:
+    """Return a network of `transformers` on the meta device.
+
+    Args:
+        made: its class.
+        kind: the class of its config.
+        config: of `transformers`.
+        where: it comes from, for errors.
+
+    Raises:
+        UserError: a config that the package refuses.
+    """
+    try:
+        with torch.device("meta"):
+            return made(kind.from_dict(dict(config)))
+    except Exception as error:  # whatever a damaged config makes the package raise
+        raise UserError(f"{where} has a config that cannot be used: {error}") from error
+
+
 def encoder(
     config: Mapping[str, Any],
     weights: Mapping[str, Tensor],
@@ -165,8 +184,7 @@ def encoder(
     library = transformers(where)
     projected = projected or named.endswith("WithProjection")
     made = library.CLIPTextModelWithProjection if projected else library.CLIPTextModel
-    with torch.device("meta"):
-        network = made(library.CLIPTextConfig.from_dict(dict(config)))
+    network = empty(made, library.CLIPTextConfig, config, where)
     own = network.state_dict()
     given = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
     # Versions of the package differ in whether names begin with text_model.
