@@ -153,7 +153,8 @@ def evaluate(
     from trilemma import evaluation, sampling
     from trilemma.stable import load as checkpoints
 
-    chosen = options(option, steps=steps, solver=solver, guidance=guidance)
+    own = ["n", "seed", "steps", "solver", "guidance"]  # a label, say, has none here
+    chosen = options(option, own, steps=steps, solver=solver, guidance=guidance)
     chosen = {key: value for key, value in chosen.items() if value is not None}
     subject: Any = what
     if checkpoints.recognises(what):

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,17 +87,19 @@ def upper_part(text: str) -> float:
 
 
 OWN = "n seed label attributes text batch out mask strength keep steps guidance".split()
-"""What commands have options of their own for."""
+"""What commands that draw have options of their own for."""
 
 
-def options(assignments: list[str] | None, **given: Any) -> dict[str, Any]:
+def options(
+    assignments: list[str] | None, own: Sequence[str] = OWN, **given: Any
+) -> dict[str, Any]:
     """Return options given by name, and those of `key=value` pairs, their values as TOML."""
     chosen = given
     for text in assignments or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise typer.BadParameter(f"'{text}': expected key=value")
-        if key in OWN:
+        if key in own:
             dashes = "-" if len(key) == 1 else "--"
             raise typer.BadParameter(f"'{text}': write {dashes}{key} {value}, without --option")
         try:
