@@ -428,6 +428,12 @@ def test_a_teacher_is_named_by_where_it_is(name, out, data, teacher, tmp_path, m
     assert made.path.resolve() == (tmp_path / "teacher" / f"{out}-adversarial-1").resolve()
 
 
+@pytest.mark.parametrize("to,method", [(3, "adversarial"), (4, "progressive")])
+def test_the_default_is_the_better_method_for_so_many_steps(to, method, data, teacher, tmp_path):
+    made = distill(teacher, to, data=data, out=tmp_path / "out", images=8, quiet=True)
+    assert made.name == f"quick-diffusion-{method}-{to}"
+
+
 def test_what_cannot_be_distilled_is_named(data, teacher, tmp_path):
     with pytest.raises(UserError, match="--to is 0.*at least 1 step"):
         distill(teacher, 0)

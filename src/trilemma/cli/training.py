@@ -140,8 +140,12 @@ def distill(
     run: Run,
     to: Annotated[int, typer.Option(help="Steps of the student, each a network call.")],
     method: Annotated[
-        str, typer.Option(help="adversarial, consistency, progressive or reflow.")
-    ] = "adversarial",
+        str | None,
+        typer.Option(
+            help="adversarial, consistency, progressive or reflow.",
+            show_default="progressive from --to 4 on, else adversarial",
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Pictures to train on.", show_default="the teacher's")
     ] = None,
