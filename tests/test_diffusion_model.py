@@ -129,7 +129,7 @@ def test_samples_stay_bounded_with_a_wild_network():
         ({"steps": 0}, "at least 1"),
         ({"solver": "heun", "eta": 1.0}, "no option 'eta'"),
         ({"solver": "ddim", "variance": "large"}, "no option 'variance'; it has eta"),
-        ({"solver": "ddim", "eta": "much"}, "'eta' is 'much'; expected such as 0.0"),
+        ({"solver": "ddim", "eta": "much"}, "'eta' is 'much'; expected 0 or more, such as 0.0"),
         ({"solver": "euler", "eta": 1.0}, "no option 'eta'; it has none"),
         ({"grid": [1.0, 0.5, 0.0]}, "the grid has 2 steps, and steps is 20"),
         ({"grid": [1.0, 0.5, 0.7], "steps": 2}, "fall from 1 to 0"),
