@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trilemma.batch import Condition, Rng
 from trilemma.diffusion.grids import karras
-from trilemma.diffusion.guidance import Denoiser
 from trilemma.diffusion.solvers import heun, last
 from trilemma.networks.layers import check_shape
 
@@ -45,5 +44,8 @@ def _flow(model: Diffusion, x: Tensor, times: Tensor) -> Tensor:
     """Follow the equation from x (B, ...) at times[0] to the last time."""
     rng = Rng(torch.zeros(len(x), dtype=torch.int64), x.device)  # heun draws nothing
     nothing = model.conditioner.nothing(Condition(len(x)))
-    denoise: Denoiser = lambda x, t: model.denoise(x, t, nothing)  # noqa: E731
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        return model.denoise(x, t, nothing)
+
     return last(heun(denoise, x, times, model.schedule, rng))

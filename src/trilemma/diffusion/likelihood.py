@@ -74,7 +74,10 @@ def log_prob(model: Diffusion, image: Tensor, label: Tensor | None = None) -> Te
     rng = Rng((levels * place).sum(1), image.device)
     with torch.autocast(image.device.type, enabled=False):
         embedded = model.conditioner(Condition(len(image), label))
-        denoise: Denoiser = lambda x, t: model.denoise(x, t, embedded)  # noqa: E731
+
+        def denoise(x: Tensor, t: float) -> Tensor:
+            return model.denoise(x, t, embedded)
+
         if model.steps is None:
             return flow_log_prob(denoise, image, model.schedule, rng)
 
