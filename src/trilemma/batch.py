@@ -24,7 +24,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _FRACTIONS = 0x007FFFFF << 32
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-TOGETHER = 2**17  # numbers that `Rng.normals` makes at once: enough for all cores, and in cache
+TOGETHER = 2**18  # numbers that `Rng.normals` makes at once: enough for all cores, and in cache
 
 
 def to_float(image: Tensor) -> Tensor:
