@@ -33,7 +33,7 @@ from matplotlib import pyplot
 from torch import nn
 
 from trilemma import device
-from trilemma.metrics.speed import peak_memory
+from trilemma.memory import peak_memory
 from trilemma.networks.dit import DiT
 from trilemma.networks.mamba import Mamba
 

@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 
 import trilemma
-from trilemma.metrics.speed import peak_memory
+from trilemma.memory import peak_memory
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 import trilemma
-from trilemma import batching
+from trilemma import batching, memory
 from trilemma.errors import UserError
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_the_first_pictures_tell_how_many_have_room(run, sizes, monkeypatch, fre
         return 100 * sizes[-1]  # a picture takes 100 bytes
 
     monkeypatch.setattr(batching, "peak_memory", peak)
-    monkeypatch.setattr(batching, "available", lambda: free)
+    monkeypatch.setattr(memory, "available", lambda: free)
     images = run.sample(200, seed=5)
     assert sizes == expected
     apart = run.sample(200, seed=5, batch=64)
@@ -61,7 +61,7 @@ def test_few_pictures_are_drawn_at_once_and_nothing_is_measured(run, sizes, monk
 
 
 def test_where_nobody_tells_what_is_free_the_largest_is_taken(run, sizes, monkeypatch):
-    monkeypatch.setattr(batching, "available", lambda: None)
+    monkeypatch.setattr(memory, "available", lambda: None)
     run.sample(150)
     assert sizes == [16, 128, 6]
 
@@ -102,8 +102,8 @@ def test_a_container_s_limit_counts(monkeypatch):
     }
     monkeypatch.setattr(Path, "exists", lambda self: str(self) in files)
     monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
-    assert batching.available() == 600_000
+    assert memory.available() == 600_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert batching.available() == 2_048_000
+    assert memory.available() == 2_048_000
     files.clear()
-    assert batching.available() is None
+    assert memory.available() is None

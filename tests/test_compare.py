@@ -99,7 +99,13 @@ def judge(folder):
 def test_model_timed_in_small_batches_is_timed_again_by_what_it_draws(finished, folder, judge):
     judge.n = 60
     trained = sampling.load(folder / "all" / finished["models"][0]["name"], "cpu")
-    slow = {"images_per_second": 1e-9, "batch": 4, "by_batch": {"4": 1e-9}, "calls": 1}
+    slow = {
+        "images_per_second": 1e-9,
+        "batch": 4,
+        "by_batch": {"4": 1e-9},
+        "calls": 1,
+        "room": None,
+    }
     told = judge.full(trained, slow)
     assert told["speed"]["batch"] == 60 and told["protocol"]["timed in"] == "batches of 60"
     assert told["speed"]["images_per_second"] == told["speed"]["by_batch"]["60"] > 1e-9

@@ -264,7 +264,8 @@ def test_commands(folder, trained, tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "out")]
     made = call("edit", "reconstruct", run, pictures, *out)
     assert len(made["images"]) == 7 and Image.open(made["grid"]).size[0] > 16
-    assert json.loads(Image.open(made["images"][0]).text["trilemma"])["edit"] == "reconstruct"
+    for path in (made["images"][0], made["grid"]):
+        assert json.loads(Image.open(path).text["trilemma"])["edit"] == "reconstruct"
     made = call("edit", "interpolate", run, pictures, pictures, "--steps", "3", *out)
     assert len(made["images"]) == 21
     more = ["--plus", str(folder / "class1"), "--minus", str(folder / "class2")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from trilemma.memory import peak_memory
 from trilemma.metrics import neighbours
 from trilemma.metrics.frechet import Statistics, frechet_distance, statistics
 from trilemma.metrics.inception_score import inception_score
@@ -13,7 +14,7 @@ from trilemma.metrics.kernel import kernel_distance, mmd2
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.sliced import sliced_wasserstein
-from trilemma.metrics.speed import foresee, network_calls, peak_memory, speed
+from trilemma.metrics.speed import foresee, network_calls, speed
 
 TEN = list(range(10))
 
@@ -312,6 +313,39 @@ def test_speed_draws_no_more_than_it_needs(monkeypatch):
     monkeypatch.setattr("trilemma.metrics.speed.time", clock)
     speed(Toy(), clock.draw, [1, 128], longest=30.0)
     assert sum(clock.drawn) < 80  # 40 seconds at two pictures a second
+
+
+def test_speed_draws_no_more_at_a_time_than_memory_has_room_for(monkeypatch):
+    monkeypatch.setattr("trilemma.metrics.speed._SECONDS", 0.01)
+    monkeypatch.setattr("trilemma.memory.available", lambda: 4000)
+    sizes = []
+
+    def peak(draw, where):  # an image takes 100 bytes
+        draw()
+        return 100 * sizes[-1]
+
+    monkeypatch.setattr("trilemma.metrics.speed.peak_memory", peak)
+    model = Toy()
+
+    def draw(count):
+        sizes.append(count)
+        model.draw(count)
+
+    cost = speed(model, draw, [1, 128], longest=30.0)
+    assert max(sizes) == cost["batch"] == cost["room"] == 20 and cost["memory"] == 2000
+
+
+def test_speed_halves_what_finds_no_room_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("trilemma.metrics.speed._SECONDS", 0.01)
+    model = Toy()
+
+    def draw(count):
+        if count > 40:
+            raise torch.OutOfMemoryError("no room")
+        model.draw(count)
+
+    cost = speed(model, draw, [1, 128])
+    assert cost["batch"] == cost["room"] == 32
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():

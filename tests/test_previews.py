@@ -24,7 +24,7 @@ class Clock:
 def clock(monkeypatch):
     made = Clock()
     monkeypatch.setattr(previews, "time", made)
-    monkeypatch.setattr("trilemma.batching.available", lambda: 1 << 40)
+    monkeypatch.setattr("trilemma.memory.available", lambda: 1 << 40)
     return made
 
 
@@ -58,7 +58,7 @@ def test_what_takes_one_time_for_all_is_drawn_whole_in_few_batches(clock):
 
 def test_memory_limits_batches_too(clock, monkeypatch):
     monkeypatch.setattr("trilemma.batching.peak_memory", lambda draw, where: [draw(), 100][1])
-    monkeypatch.setattr("trilemma.batching.available", lambda: 2000)
+    monkeypatch.setattr("trilemma.memory.available", lambda: 2000)
     assert drawn(clock, 25, 20, lambda size: 0.0) == [1, 10, 10, 4]
 
 

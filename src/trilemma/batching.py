@@ -9,17 +9,15 @@ halved for as long as it finds no room.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trilemma.errors import UserError
-from trilemma.metrics.speed import peak_memory
+from trilemma.memory import peak_memory, room
 
 LARGEST = 128
 FEW = 16  # pictures that tell what one takes
-SHARE = 0.5  # of the memory that is free may be taken
 
 
 class Batching:
@@ -52,11 +50,7 @@ class Batching:
             self.measures = False
             drawn = []
             taken = peak_memory(lambda: drawn.append(draw(count)), self.where)
-            free = available()
-            if taken is None or free is None:
-                self.size = LARGEST
-            else:
-                self.size = max(1, min(LARGEST, int(SHARE * free * count / max(taken, 1))))
+            self.size = min(LARGEST, room(count, taken) or LARGEST)
             return drawn[0]
         try:
             return draw(count)
@@ -70,19 +64,3 @@ class Batching:
         self.size = count // 2
         torch.cuda.empty_cache()
         return None
-
-
-def available() -> int | None:
-    """Return the bytes of memory that this process may still take, or None if nobody tells.
-
-    Under Linux; where a container has a limit of its own (cgroup v2), at most what is left of that.
-    """
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    line = next(s for s in meminfo.read_text().splitlines() if s.startswith("MemAvailable"))
-    free = int(line.split()[1]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()))
-    return max(free, 0)

@@ -299,11 +299,17 @@ def decode(trained: Trained, latents: Tensor, track: Track = iter) -> Tensor:
 
 
 def save(
-    trained: Trained, images: Tensor, out: str | Path, facts: dict[str, Any], columns: int
+    trained: Trained,
+    images: Tensor,
+    out: str | Path,
+    facts: dict[str, Any],
+    columns: int,
+    sheet: Tensor | None = None,
 ) -> list[Path]:
     """Write uint8 images (N, C, H, W) as numbered PNGs and `grid.png`; return their paths.
 
-    Every PNG carries `facts` and the model's recipe as JSON under `trilemma`.
+    Every PNG carries `facts` and the model's recipe as JSON under `trilemma`. The grid is of
+    `sheet` (M, C, H, W) where given, else of the first 16 rows of the images.
 
     Raises:
         UserError: `out` is a file, or holds a picture of such a name that was not drawn.
@@ -318,7 +324,8 @@ def save(
     check_free(paths)
     for path, image in zip(paths, images, strict=True):
         write(to_pil(image), path, info)
-    write(grid(images[: 16 * columns], columns), out / "grid.png", info)
+    sheet = images[: 16 * columns] if sheet is None else sheet
+    write(grid(sheet, columns), out / "grid.png", info)
     return [*paths, out / "grid.png"]
 
 

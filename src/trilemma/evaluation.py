@@ -25,7 +25,7 @@ from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.metrics import reference as references
 from trilemma.metrics.features import Extractor, Features, Images, extractor
-from trilemma.metrics.frechet import frechet_distance, statistics
+from trilemma.metrics.frechet import frechet_distance, rough, statistics
 from trilemma.metrics.inception_score import inception_score
 from trilemma.metrics.kernel import kernel_distance
 from trilemma.metrics.likelihood import bits_per_dimension
@@ -38,7 +38,6 @@ from trilemma.metrics.speed import speed
 from trilemma.model import HasCostlyLikelihood, HasLikelihood
 from trilemma.sampling import Trained
 
-FEW = 2000  # drawn images below which scores are said to be rough
 LIMIT = 50_000  # real images that the Fréchet distance looks at
 BALLS = 10_000  # images on either side that precision, recall, density and coverage look at
 LIKELY = 500  # real images whose likelihood is asked
@@ -416,11 +415,7 @@ def _warnings(protocol: Mapping[str, Any], asked: int, scores: Mapping[str, floa
     n, real = protocol["n"], protocol["reference_n"]
     if n < asked:
         said.append(f"{asked} images were asked for, and there are {n}")
-    if min(n, real or n) < FEW:
-        said.append(
-            f"{n} drawn and {real} real images are few: distances come out too large and vary; "
-            f"compare them only with scores at the same counts, better {FEW} or more"
-        )
+    said += rough(n, real or n)
     if protocol["reference_size"] not in (None, protocol["size"]):
         said.append(f"images of {protocol['size']} against real ones {protocol['reference_size']}")
     if "coverage" not in scores:

@@ -30,13 +30,14 @@ from torch import Tensor
 from trilemma.data import Dataset
 from trilemma.errors import UserError
 from trilemma.evaluation import likelihood, score, title
+from trilemma.memory import peak_memory
 from trilemma.metrics import reference as references
 from trilemma.metrics.features import Features, extractor
 from trilemma.metrics.frechet import frechet_distance, statistics
 from trilemma.metrics.neighbours import memorised, nearest
 from trilemma.metrics.prdc import density_coverage, precision_recall
 from trilemma.metrics.reference import Reference
-from trilemma.metrics.speed import foresee, network_calls, peak_memory, speed
+from trilemma.metrics.speed import foresee, network_calls, speed
 from trilemma.model import Generator
 from trilemma.report import sheets
 from trilemma.report.tables import share
@@ -133,7 +134,7 @@ class Judge:
         needed = math.ceil(self.probe_n / BATCH) * once + self.probe_n * each
         if needed > PATIENCE:
             return {"skipped": f"drawing {self.probe_n} pictures would take {needed:.0f} s"}
-        drawn = trained.sample(self.probe_n, seed=self.seed, batch=BATCH)
+        drawn = trained.sample(self.probe_n, seed=self.seed)
         return self._quick(self.see(drawn, pooled_only=True).pooled)
 
     def _quick(self, drawn: Tensor) -> dict[str, float]:
@@ -202,7 +203,7 @@ class Judge:
 
         Of a model so slow that its speed was measured in smaller batches, these are timed.
         """
-        size = min(BATCH, self.n)
+        size = self._batch(cost)
         batches = iter(
             track(
                 trained.batches(self.n, seed=self.seed, batch=size),
@@ -223,6 +224,10 @@ class Judge:
         by_batch = {**cost["by_batch"], str(size): rate}
         timed = {"images_per_second": rate, "batch": size, "by_batch": by_batch, "memory": memory}
         return torch.cat([*parts, *batches]), {**cost, **timed}
+
+    def _batch(self, cost: dict[str, Any]) -> int:
+        """Return how many pictures are drawn at a time: as many as there is memory for."""
+        return min(BATCH, self.n, cost["room"] or BATCH)
 
     def _noise(self, drawn: Tensor) -> dict[str, float]:
         """Return the standard errors of the scores that a choice rests on."""
@@ -261,7 +266,7 @@ class Judge:
             with network_calls(trained.model) as calls:
                 trained.sample(1, seed=self.seed, steps=steps)
             start = time.perf_counter()
-            few = trained.sample(self.probe_n, seed=self.seed, batch=BATCH, steps=steps)
+            few = trained.sample(self.probe_n, seed=self.seed, batch=self._batch(cost), steps=steps)
             row = {
                 "steps": steps,
                 "calls": max(calls.values(), default=0),

@@ -27,14 +27,13 @@ from trilemma.drawing import grid
 from trilemma.edit import Track
 from trilemma.errors import UserError
 from trilemma.metrics.features import Extractor
-from trilemma.metrics.frechet import frechet_distance, statistics
+from trilemma.metrics.frechet import frechet_distance, rough, statistics
 from trilemma.metrics.reference import thinned
 from trilemma.metrics.restoration import WINDOW, luma, psnr, ssim
 from trilemma.metrics.speed import speed
 from trilemma.sampling import Trained
 
 SHOWN = 16  # pictures on a sheet
-FEW = 2000  # pictures below which the Fréchet distance is rough
 MOST = 100.0  # decibels that a picture restored exactly counts for
 
 
@@ -166,17 +165,11 @@ def evaluate(
         "sampling": {"recipe": trained.name, "seen": trained.progress["seen"], "seed": seed}
         | ({} if trained.enlarges else trained.options(options)),
     }
-    warnings = []
-    if len(images) < FEW:
-        warnings.append(
-            f"{len(images)} pictures are few: distances come out too large and vary; compare them "
-            f"only with scores of the same count, better {FEW} or more"
-        )
     return {
         "scores": scores,
         "speed": speed(trained.model, draw, sorted({1, min(redraw.BATCH, len(images))})),
         "protocol": protocol,
-        "warnings": warnings,
+        "warnings": rough(len(images), len(images)),
     }
 
 

@@ -32,16 +32,14 @@ def edit_reconstruct(
     """Encode pictures and decode them: what the model keeps. The sheet shows both, side by side."""
     import torch
 
-    from trilemma import drawing, edit, sampling
+    from trilemma import edit, sampling
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
     made = edit.reconstruct(trained, images, track)
     facts = {"edit": "reconstruct", "pictures": names}
-    paths = edit.save(trained, made, out, facts, columns=8)
     pairs = torch.stack([images, made], 1).flatten(0, 1)
-    drawing.grid(pairs[:128], 8).save(paths[-1])
-    wrote(paths, as_json)
+    wrote(edit.save(trained, made, out, facts, columns=8, sheet=pairs[:128]), as_json)
 
 
 @edit_app.command("interpolate")
@@ -145,7 +143,7 @@ def edit_denoise(
     """Remove Gaussian noise. The sheet shows each picture with its noise and without."""
     import torch
 
-    from trilemma import drawing, edit, sampling
+    from trilemma import edit, sampling
     from trilemma.metrics.restoration import psnr
 
     trained = sampling.load(run, device)
@@ -153,10 +151,10 @@ def edit_denoise(
     noisy = images if noise is None else edit.add_noise(images, noise, seed)
     made = edit.denoise(trained, noisy, noise, track)
     facts = {"edit": "denoise", "pictures": names, "noise": noise, "seed": seed}
-    paths = edit.save(trained, made, out, facts, columns=8)
     shown = [noisy, made] if noise is None else [images, noisy, made]
-    sheet = torch.stack(shown, 1).flatten(0, 1)
-    drawing.grid(sheet[: 16 * 3 * len(shown)], 3 * len(shown)).save(paths[-1])
+    columns = 3 * len(shown)
+    sheet = torch.stack(shown, 1).flatten(0, 1)[: 16 * columns]
+    paths = edit.save(trained, made, out, facts, columns, sheet)
     told = {}
     if noise is not None:
         before, after = (float(psnr(each, images).mean()) for each in (noisy, made))

@@ -37,16 +37,14 @@ def translate(
     """Translate pictures into the other domain. The sheet shows each beside its translation."""
     import torch
 
-    from trilemma import drawing, edit, sampling, translation
+    from trilemma import edit, sampling, translation
 
     trained = sampling.load(run, device)
     names, images = read(trained, pictures)
     made = translation.translate(trained, images, direction)
     facts = {"translate": direction, "pictures": names}
-    paths = edit.save(trained, made, out, facts, columns=8)
     pairs = torch.stack([images, made], 1).flatten(0, 1)
-    drawing.grid(pairs[:128], 8).save(paths[-1])
-    wrote(paths, as_json)
+    wrote(edit.save(trained, made, out, facts, columns=8, sheet=pairs[:128]), as_json)
 
 
 @app.command()

@@ -191,7 +191,7 @@ def edit_repair(
     import torch
     import torch.nn.functional as F
 
-    from trilemma import drawing, edit, redraw, sampling
+    from trilemma import edit, redraw, sampling
 
     trained = sampling.load(run, device)
     part = redraw.source(trained)
@@ -201,11 +201,10 @@ def edit_repair(
     made = redraw.repair(trained, sources, n, seed=seed, **said, track=track, **chosen)
     facts: dict[str, Any] = {"edit": "repair", "pictures": names, "source": part.kind}
     facts |= {"seed": seed, **said, "sample": redraw.told(trained, chosen, **said)}
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=n)
     given = F.interpolate(sources, made.shape[3:]).expand(-1, made.shape[2], -1, -1)
-    rows = torch.cat([given[:, None], made], 1)[:64]
-    drawing.grid(rows.flatten(0, 1), (n + 1) * max(1, 8 // (n + 1))).save(paths[-1])
-    wrote(paths, as_json)
+    sheet = torch.cat([given[:, None], made], 1)[:64].flatten(0, 1)
+    columns = (n + 1) * max(1, 8 // (n + 1))
+    wrote(edit.save(trained, made.flatten(0, 1), out, facts, columns, sheet), as_json)
 
 
 @edit_app.command("variations")

@@ -211,12 +211,10 @@ def save_rows(
     """
     import torch
 
-    from trilemma import drawing, edit
+    from trilemma import edit
 
-    paths = edit.save(trained, made.flatten(0, 1), out, facts, columns=made.shape[1])
-    if before is not None or after is not None:
-        columns = (before, made, after)
-        shown = [each if each is made else each[:, None] for each in columns if each is not None]
-        rows = torch.cat(shown, 1)[:16]
-        drawing.grid(rows.flatten(0, 1), rows.shape[1]).save(paths[-1])
-    wrote(paths, as_json)
+    columns = (before, made, after)
+    shown = [each if each is made else each[:, None] for each in columns if each is not None]
+    rows = torch.cat(shown, 1)[:16]
+    images, sheet = made.flatten(0, 1), rows.flatten(0, 1)
+    wrote(edit.save(trained, images, out, facts, rows.shape[1], sheet), as_json)

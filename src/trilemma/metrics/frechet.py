@@ -21,6 +21,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+FEW = 2000  # images on either side below which the distance is said to be rough
+
+
+def rough(drawn: int, real: int) -> list[str]:
+    """Return what is to be said of distances between so many images: nothing, or a warning."""
+    if min(drawn, real) >= FEW:
+        return []
+    return [
+        f"{drawn} drawn and {real} real images are few: distances come out too large and vary; "
+        f"compare them only with scores at the same counts, better {FEW} or more"
+    ]
+
 
 @dataclass(frozen=True)
 class Statistics:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trilemma import memory
 from trilemma.device import synchronize
+from trilemma.memory import peak_memory
 
 _SECONDS = 1.0  # a batch size is timed for at least so long
+_FEW = 2  # images that tell what memory one takes
 
 
 def speed(
@@ -32,21 +32,29 @@ def speed(
         model: the model that draws; its direct children are its networks.
         draw: draws that many images in one batch.
         batch_sizes: batches to time, each after one drawn to warm up.
-        longest: seconds that a batch may take: of a slow model, smaller ones are timed.
+        longest: seconds that a batch may take: of a slow model, smaller ones are timed. Where this
+            is said, nor is one drawn that memory has no room for.
 
     Returns:
         `by_batch`: images per second for each batch size; `images_per_second`, `batch`: of the
-        last one; `calls`: forward passes an image takes through the network that is called most
-        (a guided step counts twice: it sees every image with its condition and without);
-        `parameters`; `memory`: bytes at the peak of drawing the last batch size, beyond what was in
-        use before, or None where the system does not tell.
+        last one; `room`: how many images memory was seen to have room for at a time, or None where
+        that was not looked at; `calls`: forward passes an image takes through the network that is
+        called most (a guided step counts twice: it sees every image with its condition and
+        without); `parameters`; `memory`: bytes at the peak of drawing the last batch size, beyond
+        what was in use before, or None where the system does not tell.
     """
     where = next(model.parameters()).device
     with network_calls(model) as calls:
         draw(1)
-    most = max(batch_sizes)
-    largest = most if longest == math.inf else _batch_within(longest, draw, most, where)
-    memory = peak_memory(lambda: draw(largest), where)
+    largest, room = max(batch_sizes), None
+    if longest < math.inf:
+        largest = _batch_within(longest, draw, largest, where)
+        few = min(_FEW, largest)
+        room = memory.room(few, peak_memory(lambda: draw(few), where))
+        largest = min(largest, room or largest)
+    fits, taken = _fitting(draw, largest, where)
+    if fits < largest:
+        largest = room = fits
     by_batch = {}
     for size in sorted({min(size, largest) for size in batch_sizes}):
         if size not in (1, largest):  # these have been drawn
@@ -61,10 +69,11 @@ def speed(
     return {
         "images_per_second": by_batch[str(largest)],
         "batch": largest,
+        "room": room,
         "by_batch": by_batch,
         "calls": max(calls.values(), default=0),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "memory": memory,
+        "memory": taken,
     }
 
 
@@ -87,6 +96,19 @@ def foresee(
     more = 4 if 4 * one <= patience else 2
     each = max(0.0, min(seconds(more), seconds(more)) - one) / (more - 1)
     return max(0.0, one - each), each
+
+
+def _fitting(
+    draw: Callable[[int], object], size: int, where: torch.device
+) -> tuple[int, int | None]:
+    """Return how many images, `size` or that halved, find room, and the bytes that they take."""
+    try:
+        return size, peak_memory(lambda: draw(size), where)
+    except torch.OutOfMemoryError:  # of a GPU, where a few do not tell beforehand
+        if size == 1:
+            raise
+    torch.cuda.empty_cache()
+    return _fitting(draw, size // 2, where)
 
 
 def _batch_within(
@@ -123,40 +145,3 @@ def network_calls(model: nn.Module) -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def peak_memory(run: Callable[[], object], where: torch.device) -> int | None:
-    """Return the bytes that `run` takes at its peak beyond what was in use before.
-
-    On CUDA as torch's allocator counts them; on a CPU under Linux as the process's resident memory;
-    elsewhere None. Freed memory that was kept for use again is first given back: it would hide what
-    is taken.
-    """
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-        before = torch.cuda.memory_allocated(where)
-        run()
-        return torch.cuda.max_memory_allocated(where) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if where.type != "cpu" or not status.exists():
-        run()
-        return None
-    _give_back_freed()
-    try:
-        reset.write_text("5")  # forgets the peak so far
-    except OSError:  # a container may forbid it
-        run()
-        return None
-    before = _kilobytes(status, "VmRSS")
-    run()
-    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
-
-
-def _give_back_freed() -> None:
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _kilobytes(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
