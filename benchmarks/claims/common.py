@@ -11,6 +11,7 @@ Time is processor time, which other work on the machine does not spend: run with
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 import time
@@ -171,7 +172,7 @@ class Distance:
 class Kept:
     """What a script has measured, kept in `runs/claims/CLAIM`, so that it can go on.
 
-    What was found with other options is thrown away.
+    What was found with other options, or of runs that have changed since, is thrown away.
 
     Args:
         claim: the claim's name.
@@ -185,14 +186,16 @@ class Kept:
         self.asked = json.loads(json.dumps(asked, default=str))
         file = self.folder / "found.json"
         before = json.loads(file.read_text()) if file.exists() else {}
-        self.found: dict[str, Any] = before["found"] if before.get("asked") == self.asked else {}
+        self.of = {"asked": self.asked, "weights": weights(given)}
+        same = all(before.get(key) == value for key, value in self.of.items())
+        self.found: dict[str, Any] = before["found"] if same else {}
 
     def __call__(self, part: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Return what `measure` finds, or has found."""
         if part not in self.found:
             self.found[part] = measure()
             tell(part, **self.found[part])
-            whole = json.dumps({"asked": self.asked, "found": self.found}, indent=1)
+            whole = json.dumps({**self.of, "found": self.found}, indent=1)
             checkpoint.write_text(self.folder / "found.json", whole)
         return self.found[part]
 
@@ -224,6 +227,16 @@ class Kept:
         figure.savefig(out / f"{self.folder.name}.png", dpi=100)
         whole = {"options": self.asked, "found": self.found}
         (out / f"{self.folder.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def weights(given: argparse.Namespace) -> dict[str, str]:
+    """Return a digest of the weights of each run that the options name."""
+    found = {}
+    for key, value in vars(given).items():
+        file = checkpoint.model_file(str(value))
+        if file.suffix == ".safetensors" and file.is_file():
+            found[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 class Side(NamedTuple):

@@ -40,7 +40,7 @@ from trilemma import data as pictures
 from trilemma import variation
 from trilemma.batch import Condition, Rng, to_uint8
 from trilemma.edit import inference
-from trilemma.models.unclip import UnCLIP, clip_of
+from trilemma.models.unclip import DiffusionPrior, UnCLIP, clip_of
 from trilemma.sampling import Trained
 
 BATCH = 128
@@ -53,9 +53,11 @@ TINY = {"n": 6, "steps": 2, "shown": 2}
 def embeddings(unclip: Trained, texts: Sequence[str], scale: float | None) -> torch.Tensor:
     """Return (N, D) for texts: their own embeddings if `scale` is None, else what the prior draws.
 
-    `scale` is that of the prior's guidance.
+    `scale` is that of the prior's guidance, which an autoregressive one does not know.
     """
     model: UnCLIP = unclip.model
+    diffusion = isinstance(model.prior.module, DiffusionPrior)
+    options = {"guidance": scale, "steps": 20} if diffusion else {}
     drawn = []
     with inference(unclip) as where:
         for first in range(0, len(texts), BATCH):
@@ -65,7 +67,7 @@ def embeddings(unclip: Trained, texts: Sequence[str], scale: float | None) -> to
             else:
                 noise = Rng(torch.arange(first, first + len(some)), where)
                 told = Condition(len(some), text=some)
-                drawn.append(model.prior.module.draw(told, noise, guidance=scale, steps=20))
+                drawn.append(model.prior.module.draw(told, noise, **options))
     return torch.cat(drawn).float().cpu()
 
 
