@@ -1,5 +1,6 @@
 """The scripts that test claims run from end to end, on next to nothing."""
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -152,6 +153,11 @@ def test_unclip(fit, capsys):
     assert found["direct, cosines"]["text"] == pytest.approx(1, abs=1e-4)
     assert found["pictures, cosines"]["picture"] == pytest.approx(1, abs=1e-4)
     assert found["pictures, guidance 2"]["fd"] != found["prior, 1, guidance 2"]["fd"]
+    fit("unclip-prior-ar", "model.components=4")
+    joining.join("runs/unclip-prior-ar", "runs/unclip-decoder", None, "runs/numbers")
+    other, _ = check(capsys, "unclip", 1 + 4, "--run", "runs/numbers", "--data", "data")
+    assert other["direct, cosines"] == found["direct, cosines"]
+    assert other["prior, 1, cosines"] != found["prior, 1, cosines"]
 
 
 def test_clip_guidance(fit, capsys):
@@ -160,3 +166,16 @@ def test_clip_guidance(fit, capsys):
     options = ["--run", "runs/text-diffusion", "--clip", "runs/clip", "--data", "data"]
     found = check_twice(capsys, "clip_guidance", 1 + 4, *options)
     assert found["CLIP, scale 1"] != found["no words"]
+
+
+def test_what_a_run_gave_is_forgotten_when_it_has_learned_on(run):
+    common = importlib.import_module("common")
+
+    def kept(fd):
+        claim = common.Kept("tried", argparse.Namespace(run=run, out="out"))
+        return claim("part", lambda: {"fd": fd})["fd"]
+
+    assert [kept(1.0), kept(2.0)] == [1.0, 1.0], "the same run was measured again"
+    weights = Path(run) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert kept(3.0) == 3.0, "another run, the same numbers"
