@@ -7,7 +7,7 @@ import tiny
 import trilemma
 from trilemma import checkpoint, joining, sampling, variation
 from trilemma import data as pictures
-from trilemma.batch import Batch, Condition, Rng
+from trilemma.batch import Batch, Condition, Rng, to_float
 from trilemma.codecs import ClipEmbedding
 from trilemma.conditioning import ClipImage, ClipText
 from trilemma.errors import UserError
@@ -188,6 +188,15 @@ def runs(tmp_path_factory):
     fit("unclip-decoder", "decoder", f"model.conditioner.clip.path={clip[0]}")
     fit("unclip-decoder", "stray", f"model.conditioner.clip.path={folder}/other")
     return folder
+
+
+def test_training_begins_by_taking_the_components(runs):
+    saying = sampling.load(runs / "saying", "cpu").model
+    data = pictures.load(str(runs / "data"), size=16)
+    z = saying.codec.encode(to_float(data.tensor(list(range(len(data))))))
+    assert torch.allclose(saying.mean, z.mean(0), atol=1e-4)
+    spread = ((z - saying.mean) @ saying.axes).std(0, correction=0)
+    assert torch.allclose(4 * spread, saying.reach, atol=1e-4)
 
 
 @pytest.mark.parametrize("prior", ["prior", "saying"])

@@ -227,9 +227,13 @@ def carry(
 
 
 def measured(model: nn.Module, new: Sequence[str]) -> bool:
-    """Whether all parts that measure the data have the measures of the first run, by `new`."""
-    parts = [name for name, part in model.named_modules() if isinstance(part, Measures)]
-    return not any(weight.startswith(f"{name}.") for name in parts for weight in new)
+    """Whether all that measures the data has the measures of the first run, by `new`."""
+    kept: set[str] = set()
+    for name, part in model.named_modules():
+        own = dict(part.named_buffers(name, recurse=False))
+        if isinstance(part, Measures):
+            kept |= own.keys()
+    return kept.isdisjoint(new)
 
 
 def hold(model: Model, tuning: Tuning, new: Sequence[str]) -> str:

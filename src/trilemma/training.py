@@ -260,23 +260,24 @@ def load_frozen(module: nn.Module) -> None:
 
 
 def measure(module: nn.Module, data: Dataset) -> None:
-    """Let every part that measures the data see pictures from all over it, the same in every run.
+    """Let all that measures the data see pictures from all over it, the same in every run.
 
-    What is frozen has measured its own.
+    Parts before the whole, which may look through them. What is frozen has measured its own.
 
     Raises:
         UserError: there is nothing to be measured.
     """
+    if isinstance(module, Frozen):
+        return
     for part in module.children():
-        if isinstance(part, Measures):
-            rows = np.linspace(0, len(data) - 1, min(len(data), MEASURED)).astype(np.int64)
-            parts = np.array_split(rows, min(8, len(rows)))
-            try:
-                part.measure(to_float(data.tensor(some)) for some in parts)
-            except ValueError as error:
-                raise UserError(f"{data.name}: {error}") from error
-        elif not isinstance(part, Frozen):
-            measure(part, data)
+        measure(part, data)
+    if isinstance(module, Measures):
+        rows = np.linspace(0, len(data) - 1, min(len(data), MEASURED)).astype(np.int64)
+        parts = np.array_split(rows, min(8, len(rows)))
+        try:
+            module.measure(to_float(data.tensor(some)) for some in parts)
+        except ValueError as error:
+            raise UserError(f"{data.name}: {error}") from error
 
 
 def facts(data: Dataset) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class AutoregressivePrior(Model):
         codec: ClipEmbedding,
         conditioner: ClipText,
         network: CausalTransformer,
-        components: int = 64,
+        components: int = 32,
         bins: int = 256,
     ) -> None:
         super().__init__()
