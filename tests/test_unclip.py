@@ -122,10 +122,10 @@ def test_a_component_depends_on_those_before_it_alone(saying):
     for layer in saying.network.layers:
         torch.nn.init.normal_(layer.out.weight, std=0.5)
     codes = torch.randint(64, (1, DIM))
-    told = saying._told(Condition(1, text=TEXTS[:1]), None)
+    told, near = saying._told(Condition(1, text=TEXTS[:1]), None)
 
     def logits(codes):
-        sequence = torch.cat([told, saying._said(codes[:, :-1], 0)], 1)
+        sequence = torch.cat([told, saying._said(codes[:, :-1], 0) + near[:, 1:]], 1)
         return saying.out(saying._features(sequence, 0)[:, told.shape[1] - 1 :])
 
     other = codes.clone()
@@ -140,10 +140,11 @@ def test_drawing_one_by_one_is_drawing_what_training_learned(saying):
     condition = Condition(2, text=TEXTS)
     z = saying.draw(condition, Rng(range(2)), temperature=1e-4, candidates=1)
     codes = saying.codes(z * DIM**0.5)
-    told = saying._told(condition, None)
+    told, near = saying._told(condition, None)
     known = torch.zeros(2, 0, dtype=torch.int64)
     for _ in range(DIM):
-        sequence = torch.cat([told, saying._said(known, 0)], 1)
+        said = saying._said(known, 0) + near[:, 1 : 1 + known.shape[1]]
+        sequence = torch.cat([told, said], 1)
         logits = saying.out(saying._features(sequence, 0)[:, -1])
         known = torch.cat([known, logits.argmax(1, keepdim=True)], 1)
     expected = saying.codec.decode(saying.from_codes(known))

@@ -15,8 +15,10 @@ joins the three:
   product with the text's embedding is the highest.
 - `AutoregressivePrior`: z turned onto its principal components, in the order of their variance, the
   first K of which are kept; each is rounded to one of `bins` values, and a causal transformer says
-  them one by one after the words. (The paper also says the product of z with the text's embedding
-  first, and asks for high ones; here several are drawn and the best one kept, as above.)
+  them one by one after the words. Where it says one, it is told that component of the text's
+  embedding, which lies in the same space: the paper leaves that to the transformer to find out,
+  which takes long. (The paper also says the product of z with the text's embedding first, and
+  asks for high ones; here several are drawn and the best one kept, as above.)
 
 Neither is a generator of pictures: `draw` gives embeddings.
 """
@@ -113,6 +115,7 @@ class AutoregressivePrior(Model):
         self.text = nn.Linear(dim, width)
         self.value = nn.Embedding(bins, width)
         self.order = nn.Embedding(components, width)
+        self.near = nn.Linear(1, width)
         self.out = nn.Linear(width, bins)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("axes", torch.eye(dim)[:, :components].contiguous())
@@ -121,7 +124,8 @@ class AutoregressivePrior(Model):
     def phases(self) -> list[Phase]:
         """Return the one phase: saying the components."""
         parts = [self.conditioner, self.network, self.word, self.text]
-        return [Phase("prior", self.loss, [*parts, self.value, self.order, self.out])]
+        parts += [self.value, self.order, self.near, self.out]
+        return [Phase("prior", self.loss, parts)]
 
     @torch.no_grad()
     def measure(self, images: Iterable[Tensor]) -> None:
@@ -139,8 +143,12 @@ class AutoregressivePrior(Model):
 
     def codes(self, z: Tensor) -> Tensor:
         """Round embeddings z (B, D) to codes (B, K), int64 from 0 to bins - 1."""
-        share = ((z - self.mean) @ self.axes / self.reach + 1) / 2
+        share = (self.turned(z) + 1) / 2
         return (share * self.bins).long().clamp(0, self.bins - 1)
+
+    def turned(self, z: Tensor) -> Tensor:
+        """Return the components (B, K) of embeddings z (B, D), most of them in [-1, 1]."""
+        return (z - self.mean) @ self.axes / self.reach
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Return the embeddings (B, D) in the middle of what codes (B, K) stand for."""
@@ -150,8 +158,8 @@ class AutoregressivePrior(Model):
     def loss(self, batch: Batch) -> Losses:
         """Return the mean negative log probability of a component, in nats."""
         codes = self.codes(encoded(self.codec, batch))
-        told = self._told(batch.condition, batch.rng)
-        before = self._said(codes[:, :-1], 0)
+        told, near = self._told(batch.condition, batch.rng)
+        before = self._said(codes[:, :-1], 0) + near[:, 1:]
         sequence = torch.cat([told, before], dim=1)
         logits = self.out(self._features(sequence, 0)[:, told.shape[1] - 1 :])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
@@ -180,7 +188,7 @@ class AutoregressivePrior(Model):
             raise ValueError(f"temperature is {temperature}; expected more than 0")
         drawn = []
         for _ in range(candidates):
-            part = self._told(condition, None)
+            part, near = self._told(condition, None)
             count = part.shape[1]
             cache = Cache(count + self.components)
             codes: list[Tensor] = []
@@ -189,15 +197,21 @@ class AutoregressivePrior(Model):
                 features = self._features(part, at, cache)[:, -1]
                 at = cache.length
                 codes.append(rng.categorical(self.out(features).float() / temperature))
-                part = self._said(codes[-1][:, None], k)
+                part = self._said(codes[-1][:, None], k) + near[:, k + 1 : k + 2]
             drawn.append(self.codec.decode(self.from_codes(torch.stack(codes, dim=1))))
         return _nearest(drawn, clip_of(self), condition)
 
-    def _told(self, condition: Condition, rng: Rng | None) -> Tensor:
-        """Return the words and the text's embedding as the sequence's beginning (B, T + 1, W)."""
+    def _told(self, condition: Condition, rng: Rng | None) -> tuple[Tensor, Tensor]:
+        """Return how the sequence begins (B, T + 1, W), and what is added where one is said.
+
+        It begins with the words and the text's embedding. To the positions that say components,
+        those of the text's embedding are added (B, K, W), to its last one the first of them.
+        """
         embedded = self.conditioner(condition, rng)
         assert embedded.tokens is not None and embedded.vector is not None
-        return torch.cat([self.word(embedded.tokens), self.text(embedded.vector)[:, None]], dim=1)
+        near = self.near(self.turned(embedded.vector)[..., None])
+        text = self.text(embedded.vector) + near[:, 0]
+        return torch.cat([self.word(embedded.tokens), text[:, None]], dim=1), near
 
     def _said(self, codes: Tensor, first: int) -> Tensor:
         """Return codes (B, t) of the components from `first` on as positions (B, t, W)."""
