@@ -11,7 +11,6 @@ Time is processor time, which other work on the machine does not spend: run with
 
 import argparse
 import copy
-import hashlib
 import json
 import sys
 import time
@@ -235,7 +234,7 @@ def weights(given: argparse.Namespace) -> dict[str, str]:
     for key, value in vars(given).items():
         file = checkpoint.model_file(str(value))
         if file.suffix == ".safetensors" and file.is_file():
-            found[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[key] = checkpoint.digest(checkpoint.read_model(file)[0])
     return found
 
 
